@@ -1,0 +1,98 @@
+"""Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch)."""
+
+import os
+
+from fastlayers import _native
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call; the message says why."""
+
+
+_reasons = {}  # op -> backend -> function(facts) that returns None, or why the backend cannot serve the call
+_facts = {}  # op -> function(*args, **kwargs) of the public op, returning the facts of that call
+_forced = os.environ.get("FASTLAYERS_BACKEND") or None  # every call is served by this one, where set
+
+
+def register(op, *, facts, **reasons):
+    """Declare an op: how to get the facts of a call, and per backend a function from facts to a reason or None.
+
+    facts are a dict with at least device (a string such as "cpu") and dtype; order of `reasons` is preference.
+    """
+    _facts[op] = facts
+    _reasons[op] = reasons
+
+
+def check_name(backend):
+    if backend not in NAMES:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(NAMES)}")
+
+
+def native_reason(facts):
+    """Why the compiled CPU kernels cannot run here at all, or None. Shared by every op's cpu reason."""
+    if facts["device"] != "cpu":
+        return f"the tensors are on {facts['device']}, not on cpu"
+    if _native.error:
+        return _native.error
+    if _native.cpu_isa == "none":
+        return "the CPU kernels need x86-64 with AVX2 and FMA"
+    return None
+
+
+def choose(op, facts, backend=None):
+    """The backend for a call: the one asked for (argument, use_backend, FASTLAYERS_BACKEND), else the best.
+
+    raises BackendError where the one asked for cannot serve the call, ValueError for an unknown name
+    """
+    wanted = backend or _forced
+    if wanted:
+        check_name(wanted)
+        reason = why_not(op, wanted, facts)
+        if reason:
+            raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
+        return wanted
+    for name, reason in _reasons[op].items():
+        if reason(facts) is None:
+            return name
+    return "reference"
+
+
+def why_not(op, backend, facts):
+    """None where `backend` can serve a call with these facts, else the reason."""
+    if backend == "reference":
+        return None
+    reason = _reasons[op].get(backend)
+    return reason(facts) if reason else f"{op} has no {backend} kernel yet"
+
+
+class use_backend:
+    """`with use_backend("reference"): ...` forces a backend for every op, in the whole process; None lifts it."""
+
+    def __init__(self, backend):
+        if backend is not None:
+            check_name(backend)
+        self.backend = backend
+
+    def __enter__(self):
+        global _forced
+        self.previous, _forced = _forced, self.backend
+
+    def __exit__(self, *exception):
+        global _forced
+        _forced = self.previous
+
+
+def explain(op, *args, **kwargs):
+    """Print and return, per backend, whether it would serve fastlayers.ops.<op>(*args, **kwargs), and why not."""
+    if op not in _facts:
+        raise ValueError(f"op {op!r} is not one of {', '.join(sorted(_facts))}")
+    kwargs.pop("backend", None)
+    facts = _facts[op](*args, **kwargs)
+    answers = {name: why_not(op, name, facts) for name in NAMES}
+    chosen = choose(op, facts)
+    for name, reason in answers.items():
+        verdict = "chosen" if name == chosen else "can serve" if reason is None else f"cannot serve: {reason}"
+        print(f"{op}: {name:<9} {verdict}")
+    return answers

@@ -1,0 +1,1 @@
+"""Drop-in modules: each owns its parameters and calls one op."""

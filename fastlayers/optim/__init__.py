@@ -1,0 +1,1 @@
+"""Fused optimizers: each owns its state and calls one op."""

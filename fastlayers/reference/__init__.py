@@ -1,0 +1,1 @@
+"""Each op in a few lines of plain torch: the specification, the oracle of the tests, and the fallback."""
