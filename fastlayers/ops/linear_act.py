@@ -1,0 +1,116 @@
+"""Linear + activation in one op: activation(x W' + b), and the gated form activation(x Wg' + bg) * (x Wu' + bu)."""
+
+import torch
+
+from fastlayers import backends, reference
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivation", backend=None):
+    """activation(input @ weight.T + bias), in one pass over the output.
+
+    input:  (..., in_features), float32, float16 or bfloat16 (float64 on the reference backend); any strides
+    weight: (out_features, in_features), dtype of input
+    bias:   (out_features,) or None
+    activation: identity, relu, gelu (erf), gelu_tanh, quick_gelu, silu, sigmoid, tanh, relu_squared, leaky_relu
+    save:   what the backward keeps beside input and weight: "preactivation" (..., out_features), or only the
+            "input", from which it computes the pre-activation again: slower, less memory
+    returns (..., out_features), dtype of input; differentiable in all three, once
+    raises  ValueError for an unknown activation or a mismatch of shapes, dtypes or devices; TypeError for
+            arguments of the wrong type
+    Under autocast the arguments are cast as torch.nn.functional.linear casts them.
+    source  GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; SiLU: Elfwing et al. 2017, arXiv:1702.03118
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    _check("linear_act", activation, save, input, weight=weight, bias=bias)
+    _choose("linear_act", input, backend)
+    return reference.linear_act(input, weight, bias, activation)
+
+
+def gated_linear_act(
+    input,
+    weight_gate,
+    weight_up,
+    bias_gate=None,
+    bias_up=None,
+    activation="silu",
+    *,
+    save="preactivation",
+    backend=None,
+):
+    """activation(input @ weight_gate.T + bias_gate) * (input @ weight_up.T + bias_up), with one read of input.
+
+    input:  (..., in_features), float32, float16 or bfloat16 (float64 on the reference backend); any strides
+    weight_gate, weight_up: (out_features, in_features), dtype of input
+    bias_gate, bias_up:     (out_features,) or None
+    activation, save, returns, raises, autocast: as linear_act; "preactivation" keeps both products
+    source  Shazeer 2020, "GLU variants improve transformer", arXiv:2002.05202
+    """
+    input, weight_gate, weight_up, bias_gate, bias_up = _autocast(input, weight_gate, weight_up, bias_gate, bias_up)
+    _check("gated_linear_act", activation, save, input, weight_gate=weight_gate, bias_gate=bias_gate)
+    _check("gated_linear_act", activation, save, input, weight_up=weight_up, bias_up=bias_up)
+    if weight_gate.shape != weight_up.shape:
+        raise ValueError(
+            f"gated_linear_act: weight_gate has shape {tuple(weight_gate.shape)}, weight_up {tuple(weight_up.shape)}; "
+            "they have to be the same"
+        )
+    _choose("gated_linear_act", input, backend)
+    return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
+
+
+def _autocast(input, *others):
+    """The tensors as torch.nn.functional.linear sees them under autocast; unchanged outside."""
+    device = input.device.type if isinstance(input, torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return (input, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (input, *others)
+    )
+
+
+def _check(op, activation, save, input, **parameters):
+    """Raise what a wrong call deserves. parameters: a weight and a bias, under the names the caller knows."""
+    (weight_name, weight), (bias_name, bias) = parameters.items()
+    for name, tensor in (("input", input), (weight_name, weight), (bias_name, bias)):
+        if not isinstance(tensor, torch.Tensor) and not (tensor is None and name == bias_name):
+            raise TypeError(f"{op}: {name} has to be a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(activation, str):
+        raise TypeError(f"{op}: activation has to be a string, got {type(activation).__name__}")
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(reference.ACTIVATIONS)
+        raise ValueError(f"{op}: activation {activation!r} is not one of {known}")
+    if save not in ("preactivation", "input"):
+        raise ValueError(f"{op}: save has to be 'preactivation' or 'input', got {save!r}")
+    if input.dtype not in _DTYPES and input.dtype != torch.float64:
+        raise TypeError(f"{op}: input has to be float32, float16, bfloat16 or float64, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input has to be (..., in_features), got a scalar")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: {weight_name} has to be (out_features, in_features), got {tuple(weight.shape)}")
+    if weight.shape[1] != input.shape[-1]:
+        raise ValueError(f"{op}: {weight_name} has in_features {weight.shape[1]}, input has {input.shape[-1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {bias_name} has to be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in parameters.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, input is {input.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, input is on {input.device}")
+
+
+def _choose(op, input, backend):
+    return backends.choose(op, {"device": input.device.type, "dtype": input.dtype}, backend)
+
+
+def _facts(input, *others, **options):
+    input = _autocast(input)[0]
+    return {"device": input.device.type, "dtype": input.dtype}
+
+
+backends.register("linear_act", facts=_facts)
+backends.register("gated_linear_act", facts=_facts)
