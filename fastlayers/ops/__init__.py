@@ -1,5 +1,6 @@
 """The fused ops as functions: each validates its arguments, picks a backend, and is differentiable."""
 
+from fastlayers.ops.attention import attention, decode_attention, varlen_attention
 from fastlayers.ops.linear_act import gated_linear_act, linear_act
 
-__all__ = ["gated_linear_act", "linear_act"]
+__all__ = ["attention", "decode_attention", "gated_linear_act", "linear_act", "varlen_attention"]

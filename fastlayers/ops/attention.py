@@ -1,0 +1,395 @@
+"""Scaled dot-product attention: dense, over packed sequences, and against a KV cache."""
+
+import math
+
+import torch
+
+from fastlayers import backends, reference
+from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
+
+MAX_HEAD_DIM = 256  # of the compiled kernels
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INFINITY = float("inf")
+
+
+def attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    *,
+    window=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    causal_alignment="top_left",
+    return_lse=False,
+    deterministic=None,
+    dropout_rng=None,
+    backend=None,
+):
+    """softmax(scale * query @ key.T + bias) @ value; torch's scaled_dot_product_attention, with more options.
+
+    query:  (..., Hq, Sq, D), key: (..., Hk, Sk, D), value: (..., Hk, Sk, Dv), float32, float16 or bfloat16 (float64
+            through the reference backend); any strides, copied only where the last dimension is not dense. Leading
+            dimensions of size 1 broadcast. Query head h reads key head h // (Hq / Hk); Hk < Hq needs enable_gqa=True
+    attn_mask: bool (True attends) or floating (added to the scores), broadcastable to (..., Hq, Sq, Sk); combines
+            with is_causal and window
+    dropout_p: probability, in steps of 1/65536, of dropping an entry of the softmax
+    scale:  1 / sqrt(D) by default
+    window: (left, right): query i sees keys i - left ... i + right (shifted like the causal diagonal); None on a side
+            is unlimited
+    softcap: c > 0 replaces scores s by c * tanh(s / c) (Gemma 2, arXiv:2408.00118)
+    alibi_slopes: (Hq,) or (B, Hq): slope * |i - j| is taken off the scores (Press et al. 2021, arXiv:2108.12409)
+    sinks:  (Hq,): one more logit per head in the softmax's denominator, with no value (gpt-oss, arXiv:2508.10925)
+    causal_alignment: the diagonal starts at the "top_left" or ends at the "bottom_right" of the scores
+    deterministic: bitwise reproducible gradients; None follows torch.are_deterministic_algorithms_enabled()
+    dropout_rng: (2,) int64 (seed, offset) that fixes the dropout mask; drawn from torch's generator by default
+    returns (..., Hq, Sq, Dv), in memory order of the query; with return_lse also the log of each row's softmax
+            denominator, (..., Hq, Sq), float32. A row that sees no key is 0 with lse -inf. Both differentiable, once,
+            in query, key, value, floating attn_mask and sinks
+    raises  ValueError, TypeError for arguments that do not fit; BackendError where `backend` cannot serve the call
+    source  Dao 2023, "FlashAttention-2", arXiv:2307.08691
+    """
+    query, key, value = _check_inputs("attention", query, key=key, value=value)
+    if not query.dim() == key.dim() == value.dim() or query.dim() < 2:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"attention: query, key and value have to be (..., heads, seqlen, head_dim), got {shapes}")
+    shape = query.shape
+    if query.dim() != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        (query, key, value), shape, attn_mask = _as_four_dimensional(query, key, value, attn_mask)
+    _check_heads("attention", query, key, value, enable_gqa)
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"attention: key has seqlen {key.shape[2]}, value has {value.shape[2]}")
+    options = _check_options("attention", query, is_causal, scale, window, softcap)
+    tensors = _check_tensors("attention", query, query.shape[0], alibi_slopes, sinks)
+    mask = _check_mask("attention", attn_mask, query, key)
+    rng = _dropout_rng("attention", query, dropout_p, dropout_rng)
+    bottom_right = _is_bottom_right("attention", causal_alignment)
+    out, lse = _call(
+        *("attention", backend, query, key, value, mask, *tensors, rng, None, None, None, 0, 0),
+        *(dropout_p, is_causal, bottom_right, *options, _deterministic(deterministic)),
+    )
+    if len(shape) != 4:
+        out, lse = out.reshape(*shape[:-1], value.shape[-1]), lse.reshape(shape[:-1])
+    return (out, lse) if return_lse else out
+
+
+def varlen_attention(
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    *,
+    window=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    causal_alignment="top_left",
+    return_lse=False,
+    deterministic=None,
+    dropout_rng=None,
+    backend=None,
+):
+    """Attention within each of B sequences that are packed one behind the other, without padding.
+
+    query:  (Tq, Hq, D), key: (Tk, Hk, D), value: (Tk, Hk, Dv)
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, contiguous: sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]);
+            starts with 0, never decreases; rows behind the last sequence give 0, lse -inf and gradient 0
+    max_seqlen_q, max_seqlen_k: at least the longest sequence
+    returns (Tq, Hq, Dv); with return_lse also (Hq, Tq), float32. The other arguments as in attention, positions
+            counting inside each sequence
+    """
+    op = "varlen_attention"
+    query, key, value = _check_inputs(op, query, key=key, value=value)
+    if not query.dim() == key.dim() == value.dim() == 3:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"{op}: query, key and value have to be (tokens, heads, head_dim), got {shapes}")
+    _check_heads(op, query, key, value, enable_gqa)
+    if key.shape[0] != value.shape[0]:
+        raise ValueError(f"{op}: key has {key.shape[0]} tokens, value has {value.shape[0]}")
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_lengths(op, name, cu_seqlens, query, None)
+        if cu_seqlens.shape != cu_seqlens_q.shape or cu_seqlens.shape[0] < 1:
+            sizes = f"{cu_seqlens_q.shape[0]} and {cu_seqlens.shape[0]}"
+            raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k have to have one size, at least 1, got {sizes}")
+    _check_max_seqlen(op, "max_seqlen_q", max_seqlen_q)
+    _check_max_seqlen(op, "max_seqlen_k", max_seqlen_k)
+    options = _check_options(op, query, is_causal, scale, window, softcap)
+    tensors = _check_tensors(op, query, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
+    rng = _dropout_rng(op, query, dropout_p, dropout_rng)
+    bottom_right = _is_bottom_right(op, causal_alignment)
+    out, lse = _call(
+        *(op, backend, query, key, value, None, *tensors, rng, cu_seqlens_q, cu_seqlens_k, None),
+        *(max_seqlen_q, max_seqlen_k, dropout_p, is_causal, bottom_right, *options, _deterministic(deterministic)),
+    )
+    return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    query,
+    key_cache,
+    value_cache,
+    cache_seqlens,
+    is_causal=True,
+    scale=None,
+    enable_gqa=False,
+    *,
+    window=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    return_lse=False,
+    backend=None,
+):
+    """Attention of the newest tokens over the filled part of a KV cache; no gradient, the cache is not changed.
+
+    query:  (B, Hq, Sq, D), the last Sq tokens of each sequence
+    key_cache: (B, Hk, Smax, D), value_cache: (B, Hk, Smax, Dv), the newest tokens already in place
+    cache_seqlens: (B,) int32, how many keys of each sequence are filled; what lies behind them is not read
+    is_causal: the newest tokens do not see those after them; always aligned "bottom_right", as is `window`
+    returns (B, Hq, Sq, Dv); with return_lse also (B, Hq, Sq), float32. The other arguments as in attention
+    """
+    op = "decode_attention"
+    query, key, value = _check_inputs(op, query, key_cache=key_cache, value_cache=value_cache)
+    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(
+            f"{op}: query, key_cache and value_cache have to be (B, heads, seqlen, head_dim), got {shapes}"
+        )
+    _check_heads(op, query, key, value, enable_gqa)
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"{op}: key_cache has seqlen {key.shape[2]}, value_cache has {value.shape[2]}")
+    _check_lengths(op, "cache_seqlens", cache_seqlens, query, query.shape[0])
+    options = _check_options(op, query, is_causal, scale, window, softcap)
+    tensors = _check_tensors(op, query, query.shape[0], alibi_slopes, sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *tensors)):
+        raise ValueError(f"{op} has no gradient: call it under torch.no_grad(), or use attention")
+    out, lse = _call(
+        *(op, backend, query, key, value, None, *tensors, None, None, None, cache_seqlens, 0, 0),
+        *(0.0, is_causal, True, *options, False),
+    )
+    return (out, lse) if return_lse else out
+
+
+# Argument checks.
+
+
+def _check_inputs(op, query, **others):
+    """query, key, value after autocast: tensors of one floating dtype on one device."""
+    check_tensor(op, "query", query)
+    check_floating(op, "query", query)
+    tensors = {"query": query, **others}
+    for name, tensor in others.items():
+        check_tensor(op, name, tensor)
+        check_beside(op, name, tensor, "query", query)
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float64:
+                tensors[name] = tensor.to(dtype)
+    query = tensors["query"]
+    for name, tensor in tensors.items():
+        check_same_dtype(op, name, tensor, "query", query)
+    if query.dtype not in _KERNEL_DTYPES and query.dtype != torch.float64:
+        raise TypeError(f"{op}: query has to be float32, float16, bfloat16 or float64, got {query.dtype}")
+    return tensors.values()
+
+
+def _as_four_dimensional(query, key, value, attn_mask):
+    """(query, key, value) as (B, H, S, D), the query's broadcast shape, and the mask for it."""
+    tensors = (query, key, value)
+    leads = [tensor.shape[:-3] for tensor in tensors]
+    try:
+        lead = torch.broadcast_shapes(*leads)
+    except RuntimeError:
+        raise ValueError(
+            f"attention: batch dimensions do not broadcast: {', '.join(map(str, map(tuple, leads)))}"
+        ) from None
+    shape = (*lead, *query.shape[-3:])
+    if query.dim() <= 3:
+        unsqueezed = (1,) * (4 - query.dim())
+        return [t.reshape(*unsqueezed, *t.shape) for t in tensors], shape, attn_mask
+    tensors = [tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4) for tensor in tensors]
+    if isinstance(attn_mask, torch.Tensor) and len(lead) > 1 and attn_mask.dim() > 3:
+        try:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+        except RuntimeError:
+            raise ValueError(
+                f"attention: attn_mask {tuple(attn_mask.shape)} does not broadcast to the batch {tuple(lead)}"
+            ) from None
+    return tensors, shape, attn_mask
+
+
+def _check_heads(op, query, key, value, enable_gqa):
+    """Head dimensions and head counts; the layout is (..., heads, seqlen, dim) or (tokens, heads, dim)."""
+    heads_axis = 1
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{op}: key has head_dim {key.shape[-1]}, query has {query.shape[-1]}")
+    heads_q, heads_k = query.shape[heads_axis], key.shape[heads_axis]
+    if value.shape[heads_axis] != heads_k:
+        raise ValueError(f"{op}: value has {value.shape[heads_axis]} heads, key has {heads_k}")
+    if heads_q != heads_k:
+        if not enable_gqa:
+            raise ValueError(f"{op}: key has {heads_k} heads, query has {heads_q}; grouped heads need enable_gqa=True")
+        if heads_k == 0 or heads_q % heads_k != 0:
+            raise ValueError(f"{op}: the query's {heads_q} heads are not a multiple of the key's {heads_k}")
+
+
+def _check_options(op, query, is_causal, scale, window, softcap):
+    """(scale, window_left, window_right, softcap) as the kernels take them."""
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"{op}: is_causal has to be a bool, got {type(is_causal).__name__}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    else:
+        check_number(op, "scale", scale, -_INFINITY, _INFINITY)
+    check_number(op, "softcap", softcap, 0.0, _INFINITY)
+    left, right = _check_window(op, window)
+    return float(scale), left, right, float(softcap)
+
+
+def _check_window(op, window):
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: window has to be a pair (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"{op}: window takes integers and None (unlimited), got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"{op}: window sizes have to be >= 0 (None is unlimited), got {tuple(window)}")
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _check_tensors(op, query, batch, alibi_slopes, sinks):
+    """(alibi_slopes, sinks) in the dtype of the softmax."""
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads = query.shape[1]
+    if alibi_slopes is not None:
+        check_tensor(op, "alibi_slopes", alibi_slopes)
+        check_floating(op, "alibi_slopes", alibi_slopes)
+        check_beside(op, "alibi_slopes", alibi_slopes, "query", query)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            shape = tuple(alibi_slopes.shape)
+            raise ValueError(f"{op}: alibi_slopes has to be ({heads},) or ({batch}, {heads}), got {shape}")
+        if torch.is_grad_enabled() and alibi_slopes.requires_grad:
+            raise ValueError(f"{op}: alibi_slopes has no gradient; pass alibi_slopes.detach()")
+        alibi_slopes = alibi_slopes.to(statistics)
+    if sinks is not None:
+        check_tensor(op, "sinks", sinks)
+        check_floating(op, "sinks", sinks)
+        check_beside(op, "sinks", sinks, "query", query)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"{op}: sinks has to be ({heads},), got {tuple(sinks.shape)}")
+        sinks = sinks.to(statistics)
+    return alibi_slopes, sinks
+
+
+def _check_mask(op, mask, query, key):
+    """The mask with four dimensions, each 1 or that of the scores."""
+    if mask is None:
+        return None
+    check_tensor(op, "attn_mask", mask)
+    check_beside(op, "attn_mask", mask, "query", query)
+    if mask.dtype not in (torch.bool, *_KERNEL_DTYPES, query.dtype):
+        raise TypeError(
+            f"{op}: attn_mask has to be bool, float32, float16, bfloat16 or {query.dtype}, got {mask.dtype}"
+        )
+    scores = (*query.shape[:3], key.shape[2])
+    sizes = mask.shape
+    if len(sizes) > 4 or any(size not in (1, full) for size, full in zip(reversed(sizes), reversed(scores))):
+        raise ValueError(f"{op}: attn_mask {tuple(sizes)} does not broadcast to the scores {tuple(scores)}")
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    return mask
+
+
+def _check_lengths(op, name, lengths, query, size):
+    """A contiguous int32 vector beside the query; the values are checked where they are read."""
+    check_tensor(op, name, lengths)
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} has to be int32, got {lengths.dtype}")
+    check_beside(op, name, lengths, "query", query)
+    if lengths.dim() != 1 or (size is not None and lengths.shape[0] != size):
+        wanted = "one-dimensional" if size is None else f"({size},)"
+        raise ValueError(f"{op}: {name} has to be {wanted}, got {tuple(lengths.shape)}")
+
+
+def _check_max_seqlen(op, name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} has to be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} has to be >= 0, got {value}")
+
+
+def _is_bottom_right(op, causal_alignment):
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"{op}: causal_alignment has to be 'top_left' or 'bottom_right', got {causal_alignment!r}")
+    return causal_alignment == "bottom_right"
+
+
+def _dropout_rng(op, query, dropout_p, dropout_rng):
+    """(seed, offset) where there is dropout, else None."""
+    check_number(op, "dropout_p", dropout_p, 0.0, 1.0)
+    if dropout_rng is not None:
+        check_tensor(op, "dropout_rng", dropout_rng)
+        check_beside(op, "dropout_rng", dropout_rng, "query", query)
+        if dropout_rng.dtype != torch.int64 or tuple(dropout_rng.shape) != (2,):
+            got = f"{dropout_rng.dtype} {tuple(dropout_rng.shape)}"
+            raise ValueError(f"{op}: dropout_rng has to be int64 of shape (2,), got {got}")
+    if dropout_p == 0:
+        return None
+    return torch.randint(1 << 62, (2,), device=query.device) if dropout_rng is None else dropout_rng
+
+
+def _deterministic(wanted):
+    return torch.are_deterministic_algorithms_enabled() if wanted is None else bool(wanted)
+
+
+# Backends.
+
+
+def _call(op, backend, query, key, value, *arguments):
+    """Every backend takes the arguments of reference.attention, in its order, and returns (out, lse)."""
+    chosen = backends.choose(op, _facts_of(query, value), backend)
+    if chosen == "reference":
+        return reference.attention(query, key, value, *arguments)
+    return torch.ops.fastlayers.attention_forward(query, key, value, *arguments)
+
+
+def _facts_of(query, value):
+    return {
+        "device": query.device.type,
+        "dtype": query.dtype,
+        "head_dim": query.shape[-1],
+        "head_dim_v": value.shape[-1],
+    }
+
+
+def _attention_facts(query, key, value, *args, **kwargs):
+    query, _, value = _check_inputs("attention", query, key=key, value=value)
+    return _facts_of(query, value)
+
+
+def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
+    query, _, value = _check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache)
+    return _facts_of(query, value)
+
+
+backends.register("attention", facts=_attention_facts)
+backends.register("varlen_attention", facts=_attention_facts)
+backends.register("decode_attention", facts=_decode_facts)
