@@ -1,5 +1,6 @@
 """Builds fastlayers/lib/libfastlayers.so with ninja; packaging metadata stands in pyproject.toml."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,9 +31,11 @@ class BuildNative(Command):
 
 
 class BuildPy(build_py):
-    """The library has to exist before its package data is collected."""
+    """The library has to exist before its package data is collected; files since deleted must not be collected."""
 
     def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         self.run_command("build_native")
         super().run()
 

@@ -13,14 +13,17 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 TORCH_FLOOR = (2, 10)
 NVCC_FLOOR = (12, 4)
-DEFAULT_CUDA_ARCHS = "75;80;90;90+PTX"
+DEFAULT_CUDA_ARCHS = "75;80;90+PTX"
+LAUNCHERS = ("ccache", "sccache", "distcc")
 
 _AVX2 = "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt"
 # GCC 12 warns of uninitialised values inside its own AVX-512 intrinsics.
@@ -38,69 +41,101 @@ class BuildError(SystemExit):
         super().__init__(f"fastlayers build: {sentence}")
 
 
-def torch_root():
-    """The directory of an installed torch, found without importing it: build environment first, then target."""
-    candidates = [Path(p) / "torch" for p in [*sys.path, sysconfig.get_path("purelib")] if p]
-    for root in candidates:
-        if (root / "include/torch/csrc/stable/library.h").exists():
-            return root
-    return None
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, known without importing it. `cuda`: the CUDA release it was built for, or None."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def new_enough(self):
+        return tuple(int(part) for part in re.findall(r"\d+", self.version)[:2]) >= TORCH_FLOOR
 
 
-def torch_version(root):
-    text = (root / "version.py").read_text()
-    return re.search(r"__version__ = '([^']+)'", text).group(1)
+def site_folders():
+    """Where packages lie: the build environment first, then the environment that pip installs into."""
+    schemes = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    return list(dict.fromkeys(Path(folder) for folder in [*sys.path, *schemes] if folder))
+
+
+def find_torch():
+    """The first installed torch that is new enough; else the first that is there at all; else None."""
+    found = []
+    for root in (folder / "torch" for folder in site_folders()):
+        if not (root / "version.py").is_file():
+            continue
+        text = (root / "version.py").read_text()
+        version = re.search(r"^__version__ = ['\"]([^'\"]+)", text, re.MULTILINE)
+        cuda = re.search(r"^cuda\b[^=\n]*= ['\"]([^'\"]+)", text, re.MULTILINE)
+        found.append(Torch(root, version[1] if version else "0.0", cuda and cuda[1]))
+    return next((torch for torch in found if torch.new_enough), found[0] if found else None)
 
 
 def check_torch():
-    root = torch_root()
-    if root is None:
+    torch = find_torch()
+    if torch is None:
         raise BuildError("PyTorch's headers were not found; install torch >= 2.10 first (pip install torch).")
-    version = torch_version(root)
-    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_FLOOR:
-        raise BuildError(f"torch {version} is too old; install torch >= 2.10 (pip install --upgrade torch).")
-    return root, version
+    if not torch.new_enough:
+        raise BuildError(f"torch {torch.version} is too old; install torch >= 2.10 (pip install --upgrade torch).")
+    if not (torch.root / "include/torch/csrc/stable/library.h").is_file():
+        raise BuildError(f"{torch.root} has no C++ headers; install torch from its wheel (pip install torch).")
+    return torch
+
+
+def is_x86():
+    return platform.machine() in ("x86_64", "AMD64")
 
 
 def compiler():
+    """The C++ compiler's command and the first line of its --version."""
     command = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(command[0]) is None:
         raise BuildError(
             f"no C++ compiler ({command[0]}) was found; install g++ 11 or newer (apt install g++) or set CXX."
         )
+    flags = ["-std=c++20", *(ISA_FLAGS["avx512_bf16"].split() if is_x86() else [])]
     probe = subprocess.run(
-        [*command, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"], input="", text=True, capture_output=True
+        [*command, *flags, "-x", "c++", "-fsyntax-only", "-"],
+        input="#include <concepts>\n",
+        text=True,
+        capture_output=True,
     )
     if probe.returncode:
-        raise BuildError(f"{shlex.join(command)} does not compile C++20; install g++ 11 or newer or set CXX.")
+        raise BuildError(
+            f"{shlex.join(command)} does not compile C++20 for AVX-512; install g++ 11 or newer or set CXX."
+        )
     version = subprocess.run([*command, "--version"], text=True, capture_output=True).stdout.splitlines()[0]
     return command, version
 
 
 def find_nvcc():
-    """(command, include and library directories) of nvcc: NVCC, CUDA_HOME, PATH, then NVIDIA's pip packages."""
-    if "NVCC" in os.environ:
+    """nvcc's command: NVCC, CUDA_HOME, CUDA_PATH, PATH, then NVIDIA's pip packages. None where there is none."""
+    if os.environ.get("NVCC"):
         return shlex.split(os.environ["NVCC"])
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for path in [*(f"{home}/bin/nvcc" for home in homes if home), shutil.which("nvcc")]:
         if path and Path(path).exists():
             return [path]
-    for site in [*sys.path, sysconfig.get_path("purelib")]:
-        for path in sorted(Path(site or ".").glob("nvidia/cu*/bin/nvcc")):
+    for folder in site_folders():
+        for path in sorted(folder.glob("nvidia/cu*/bin/nvcc")):
             return [str(path)]
     return None
 
 
 def check_nvcc():
     """nvcc's command and version, or None where CUDA is not built."""
-    wanted = os.environ.get("FASTLAYERS_BUILD_CUDA")
-    if wanted == "0":
-        return None
-    command = find_nvcc()
+    wanted = os.environ.get("FASTLAYERS_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise BuildError(f"FASTLAYERS_BUILD_CUDA is {wanted!r}; set it to 1 (need CUDA), to 0 (skip it), or unset it.")
+    command = None if wanted == "0" else find_nvcc()
     if command is None:
         if wanted == "1":
             raise BuildError("FASTLAYERS_BUILD_CUDA=1, but nvcc was not found; install the CUDA toolkit or set NVCC.")
         return None
+    if shutil.which(command[0]) is None:
+        raise BuildError(f"nvcc ({command[0]}) was not found; install CUDA 12.4 or newer, or unset NVCC.")
     text = subprocess.run([*command, "--version"], text=True, capture_output=True).stdout
     match = re.search(r"release (\d+)\.(\d+), V([\d.]+)", text)
     if not match:
@@ -112,17 +147,30 @@ def check_nvcc():
     return command, match[3]
 
 
-def gencode(archs):
-    """nvcc flags for "75;80;90;90+PTX": machine code per architecture, PTX where asked for."""
-    flags = []
-    for arch in re.split(r"[;, ]+", archs.strip()):
-        match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d*)([a-z]?)(\+PTX)?", arch)
-        if not match:
+def cuda_archs():
+    """The architectures to compile for, in torch's notation: "75", "9.0", "90a", "90+PTX" (machine code and PTX)."""
+    text = os.environ.get("FASTLAYERS_CUDA_ARCHS", "").strip() or DEFAULT_CUDA_ARCHS
+    archs = [arch for arch in re.split(r"[;, ]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d+(\.\d)?[af]?(\+PTX)?", arch):
             raise BuildError(f"FASTLAYERS_CUDA_ARCHS has {arch!r}; write numbers such as 75;80;90+PTX.")
-        number = match[1] + match[2] + match[3]
-        kind = "compute" if match[4] else "sm"
-        flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return [arch.replace(".", "") for arch in archs]
+
+
+def gencode(archs):
+    """nvcc's flags: machine code for each architecture, and PTX where "+PTX" asks for it."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch != number:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return " ".join(flags)
+
+
+def host_compiler(cxx):
+    """The compiler itself in a command such as `ccache g++`."""
+    return next(word for word in cxx if Path(word).name not in LAUNCHERS)
 
 
 def object_name(source, suffix=""):
@@ -131,9 +179,10 @@ def object_name(source, suffix=""):
 
 def ninja_file(root, torch, cxx, nvcc, archs):
     """The text of build.ninja; paths are relative to the project root where they can be."""
-    include = f"-isystem {torch}/include"
     common = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc"
-    torch_flags = "-DTORCH_TARGET_VERSION=0x020a000000000000 " + include
+    torch_flags = (
+        f"-DTORCH_TARGET_VERSION=0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000 -isystem {torch}/include"
+    )
     lines = [
         "ninja_required_version = 1.5",
         "builddir = build",
@@ -157,10 +206,9 @@ def ninja_file(root, torch, cxx, nvcc, archs):
         if extra:
             lines.append(f"  extra = {extra}")
 
-    x86 = platform.machine() in ("x86_64", "AMD64")
     for source in sorted(p.relative_to(root) for p in (root / "csrc").rglob("*.cpp")):
         if source.name.startswith("cpu_"):
-            for isa, flags in ISA_FLAGS.items() if x86 else ():
+            for isa, flags in ISA_FLAGS.items() if is_x86() else ():
                 compile_with("cxx", source, f".{isa}", f"{flags} -DFL_ISA={isa}")
         else:
             compile_with("cxx", source, "", torch_flags if source.parts[1] == "bindings" else "")
@@ -169,7 +217,8 @@ def ninja_file(root, torch, cxx, nvcc, archs):
     if nvcc:
         lines += [
             f"nvcc = {shlex.join(nvcc)}",
-            f"nvccflags = -std=c++20 -O3 -lineinfo -Icsrc -Xcompiler -fPIC,-fvisibility=hidden {gencode(archs)}",
+            f"nvccflags = -std=c++20 -O3 -lineinfo -Icsrc -Xcompiler -fPIC,-fvisibility=hidden"
+            f" -ccbin {host_compiler(cxx)} {gencode(archs)}",
             "rule nvcc",
             "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
             "  depfile = $out.d",
@@ -216,19 +265,27 @@ def ninja_command():
 def build(root):
     """Compile and link what changed; leave the library and build_info.json in fastlayers/lib."""
     root = Path(root).resolve()
-    torch, version = check_torch()
+    if platform.system() != "Linux":
+        print(f"fastlayers build: the kernels are compiled on Linux alone; {platform.system()} gets the PyTorch code.")
+        return
     cxx, cxx_version = compiler()
     nvcc = check_nvcc()
-    archs = os.environ.get("FASTLAYERS_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
-    write_if_changed(root / "build/build.ninja", ninja_file(root, torch, cxx, nvcc and nvcc[0], archs))
+    archs = cuda_archs() if nvcc else []
+    torch = check_torch()
+    if not nvcc:
+        print("fastlayers build: without CUDA kernels (no nvcc was found, or FASTLAYERS_BUILD_CUDA=0).")
+    write_if_changed(root / "build/build.ninja", ninja_file(root, torch.root, cxx, nvcc and nvcc[0], archs))
     (root / "fastlayers/lib").mkdir(exist_ok=True)
-    subprocess.run([*ninja_command(), "-f", "build/build.ninja"], cwd=root, check=True)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    done = subprocess.run([*ninja_command(), *jobs, "-f", "build/build.ninja"], cwd=root)
+    if done.returncode:
+        raise BuildError("the compiler failed; its messages stand above.")
     info = {
-        "torch_headers": version,
+        "torch_headers": torch.version,
         "stable_abi_floor": ".".join(map(str, TORCH_FLOOR)),
         "compiler": cxx_version,
         "nvcc": nvcc and nvcc[1],
-        "cuda_archs": re.split(r"[;, ]+", archs.strip()) if nvcc else [],
-        "cpu_isas": list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else [],
+        "cuda_archs": archs,
+        "cpu_isas": list(ISA_FLAGS) if is_x86() else [],
     }
     write_if_changed(root / "fastlayers/lib/build_info.json", json.dumps(info, indent=2) + "\n")
