@@ -1,0 +1,1 @@
+"""What swap_ knows about other people's modules."""
