@@ -5,4 +5,16 @@
 STABLE_TORCH_LIBRARY(fastlayers, m) {
   // The instruction set the CPU kernels run with: none, avx2, avx512 or avx512_bf16.
   m.def("cpu_isa() -> str");
+
+  // One step of Adam, in place, on lists of one entry per parameter (max_exp_avg_sqs,
+  // master_params: or none). grads change only with grad_scale. rng: seed and offset of stochastic
+  // rounding.
+  m.def(
+      "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] master_params, "
+      "Tensor(g!)[] steps, Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? grad_norm, Tensor? rng, float lr, float beta1, float beta2, float weight_decay, "
+      "float eps, float max_grad_norm, bool decoupled_weight_decay, bool maximize) -> ()");
+  // The 2-norm of all gradients together, divided by grad_scale: float32, 0-dimensional.
+  m.def("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor");
 }

@@ -1,6 +1,23 @@
 """The fused ops as functions: each validates its arguments, picks a backend, and is differentiable."""
 
+from fastlayers.ops.adam import adam_step, grad_norm
 from fastlayers.ops.attention import attention, decode_attention, varlen_attention
 from fastlayers.ops.linear_act import gated_linear_act, linear_act
 
-__all__ = ["attention", "decode_attention", "gated_linear_act", "linear_act", "varlen_attention"]
+__all__ = [
+    "adam_step",
+    "attention",
+    "decode_attention",
+    "gated_linear_act",
+    "grad_norm",
+    "linear_act",
+    "varlen_attention",
+]
+    "adam_step",
+    "attention",
+    "decode_attention",
+    "gated_linear_act",
+    "grad_norm",
+    "linear_act",
+    "varlen_attention",
+]

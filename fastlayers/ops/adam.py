@@ -1,0 +1,150 @@
+"""One step of Adam or AdamW for a list of parameters, in place, and the gradient norm for clipping."""
+
+from itertools import chain
+from operator import attrgetter
+
+import torch
+
+from fastlayers import _native, backends, reference
+from fastlayers.ops._checks import check_number
+
+_KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+_INFINITY = float("inf")
+
+
+def adam_step(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    steps,
+    *,
+    master_params=(),
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    decoupled_weight_decay=False,
+    maximize=False,
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
+    max_grad_norm=_INFINITY,
+    rng=None,
+    backend=None,
+):
+    """One step of Adam (AdamW with decoupled_weight_decay) on lists of one tensor per parameter, all in one call.
+
+    params: float32, float16 or bfloat16 (float64 through the reference backend), any strides, all on one device
+    grads:  shaped like params, any floating dtype and strides
+    exp_avgs, exp_avg_sqs: the moments, shaped like params, in a dtype of their own; updated
+    max_exp_avg_sqs: likewise, or empty without amsgrad
+    steps:  one float32 number per parameter, incremented; on the CPU or the parameters' device
+    master_params: float32 copies of 16-bit params, which then follow them; or empty
+    lr:     number, or one-element tensor
+    grad_scale: one number: gradients are divided by it first and left behind so, as torch's fused Adam does
+    found_inf: one number: nothing at all changes where it is > 0
+    grad_norm: norm of all gradients; they count as multiplied by min(1, max_grad_norm / (grad_norm + 1e-6))
+    rng:    (2,) int64 on the CPU, seed and offset: 16-bit params (without masters) and moments are rounded
+            stochastically; None rounds to nearest
+    raises  TypeError, ValueError for lists that do not fit each other, sparse or complex tensors
+    source  Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101; Reddi et al. 2018
+    """
+    if not params:
+        return
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params)
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        check_number("adam_step", name, value, 0, 1)
+    lr_tensor, lr = (lr, 0.0) if isinstance(lr, torch.Tensor) else (None, lr)
+    options = (float(lr), beta1, beta2, float(weight_decay), float(eps), float(max_grad_norm))
+    tail = (lr_tensor, grad_scale, found_inf, grad_norm, rng, *options, decoupled_weight_decay, maximize)
+    chosen = backends.choose("adam_step", _facts(*lists), backend)
+    if chosen == "reference":
+        _check_lists(lists, steps)
+        with torch.no_grad():
+            return reference.adam_step(*lists, steps, *tail)
+    run = torch.ops.fastlayers.adam_step
+    try:
+        run(*lists, steps, *tail)
+    except RuntimeError:
+        _check_lists(lists, steps)  # says in Python's terms what was wrong, where that is the reason
+        raise
+
+
+def grad_norm(grads, grad_scale=None, *, backend=None):
+    """The 2-norm of all tensors of a list together, divided by grad_scale.
+
+    grads:  floating tensors of any shape and strides on one device
+    returns float32 (float64 for float64 gradients), 0-dimensional
+    """
+    if not grads:
+        raise ValueError("grad_norm: wanted at least one gradient, got none")
+    chosen = backends.choose("grad_norm", _norm_facts(grads), backend)
+    run = reference.grad_norm if chosen == "reference" else torch.ops.fastlayers.grad_norm
+    return run(grads, grad_scale)
+
+
+if _native.error is None:
+
+    @torch.library.register_fake("fastlayers::adam_step")
+    def _(*args):
+        return None
+
+    @torch.library.register_fake("fastlayers::grad_norm")
+    def _(grads, grad_scale):
+        return grads[0].new_empty((), dtype=torch.float32)
+
+
+_NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "master_params")
+
+
+def _check_lists(lists, steps):
+    """Raise for the first thing that is wrong; the kernels check the same, more cheaply and less clearly."""
+    params = lists[0]
+    for name, tensors in zip(_NAMES, lists):
+        if len(tensors) != len(params) and (tensors or name not in _NAMES[4:]):
+            raise ValueError(f"adam_step: {len(params)} params, but {len(tensors)} {name}")
+        for i, (tensor, param) in enumerate(zip(tensors, params)):
+            _check_tensor(f"{name}[{i}]", tensor, param)
+    if len(steps) != len(params):
+        raise ValueError(f"adam_step: {len(params)} params, but {len(steps)} steps")
+    for i, step in enumerate(steps):
+        if not isinstance(step, torch.Tensor) or step.numel() != 1 or step.dtype != torch.float32:
+            raise TypeError(f"adam_step: steps[{i}] has to be a tensor of one float32, got {step!r}")
+
+
+def _check_tensor(name, tensor, param):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"adam_step: {name} has to be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"adam_step: {name} is sparse; use torch.optim.SparseAdam")
+    if tensor.is_complex():
+        raise TypeError(f"adam_step: {name} is {tensor.dtype}; use torch.optim.Adam, or torch.view_as_real")
+    if not tensor.is_floating_point():
+        raise TypeError(f"adam_step: {name} has to be floating-point, got {tensor.dtype}")
+    if tensor.shape != param.shape:
+        raise ValueError(f"adam_step: {name} has shape {tuple(tensor.shape)}, the parameter {tuple(param.shape)}")
+    if tensor.device != param.device:
+        raise ValueError(f"adam_step: {name} is on {tensor.device}, the parameter on {param.device}")
+
+
+def _facts(*lists, **_):
+    tensors = [tensor for tensor in chain(*lists)]
+    return {"device": lists[0][0].device.type, "dtypes": set(map(attrgetter("dtype"), tensors))}
+
+
+def _norm_facts(grads, *_, **__):
+    return _facts(grads)
+
+
+def _cpu_reason(facts):
+    others = facts["dtypes"] - _KERNEL_DTYPES
+    if others:
+        return f"the kernels take float32, float16 and bfloat16, not {', '.join(map(str, others))}"
+    return backends.native_reason(facts)
+
+
+backends.register("adam_step", facts=_facts, cpu=_cpu_reason)
+backends.register("grad_norm", facts=_norm_facts, cpu=_cpu_reason)
