@@ -13,11 +13,3 @@ __all__ = [
     "linear_act",
     "varlen_attention",
 ]
-    "adam_step",
-    "attention",
-    "decode_attention",
-    "gated_linear_act",
-    "grad_norm",
-    "linear_act",
-    "varlen_attention",
-]
