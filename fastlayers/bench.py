@@ -150,7 +150,7 @@ def verdict(case, results, result):
     ratio = ratio_to(case, results, result)
     if ratio is None:
         return ""
-    text = f"  {ratio[0]:.2f} times faster than {result.candidate} ({ratio[1]:.2f} .. {ratio[2]:.2f})"
+    text = f"  {ratio[0]:.2f} times the speed of {result.candidate} ({ratio[1]:.2f} .. {ratio[2]:.2f})"
     wanted = case.targets.get(result.candidate)
     if wanted is None:
         return text
@@ -185,9 +185,9 @@ def as_rows(case, results):
             "rounds": len(result.seconds),
             "gflops": case.flops / result.median / 1e9 if timed and case.flops else "",
             "gbytes_per_second": case.bytes / result.median / 1e9 if timed and case.bytes else "",
-            "fastlayers_is_faster": ratio[0],
-            "fastlayers_is_faster_p20": ratio[1],
-            "fastlayers_is_faster_p80": ratio[2],
+            "times_the_speed": ratio[0],
+            "times_the_speed_p20": ratio[1],
+            "times_the_speed_p80": ratio[2],
             "wanted": case.targets.get(result.candidate, case.limit or ""),
             "deviation": "" if result.deviation is None else result.deviation,
             "problem": result.problem or "",

@@ -17,7 +17,8 @@ _SAMPLE_CALLS = {
     "decode_attention": lambda: ((torch.zeros(1, 1, 1, 64),) * 3, {}),
     "linear_act": lambda: ((torch.zeros(1, 64), torch.zeros(1, 64)), {}),
     "gated_linear_act": lambda: ((torch.zeros(1, 64), torch.zeros(1, 64), torch.zeros(1, 64)), {}),
-    "adam": lambda: (([torch.zeros(1)],) * 4, {}),
+    "adam_step": lambda: (([torch.zeros(1)],) * 4, {}),
+    "grad_norm": lambda: (([torch.zeros(1)],), {}),
 }
 
 

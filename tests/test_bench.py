@@ -195,7 +195,7 @@ def test_output_and_csv(two_cases, capsys, tmp_path):
     assert "failed: ZeroDivisionError" in text
     rows = list(csv.DictReader(path.open()))
     assert [row["candidate"] for row in rows] == [OURS, "other", "broken"]
-    assert 1.5 < float(rows[1]["fastlayers_is_faster"]) < 2.2
+    assert 1.5 < float(rows[1]["times_the_speed"]) < 2.2
     assert rows[2]["problem"].startswith("ZeroDivisionError") and rows[2]["milliseconds"] == ""
     for column in ("cpu", "threads", "isa", "torch", "python", "fastlayers", "commit", "date", "command"):
         assert column in rows[0]

@@ -37,7 +37,7 @@ def test_text_names_every_op_and_gives_a_reason_for_every_no(capsys):
 def test_every_op_has_a_sample_call():
     for op, facts in backends._facts.items():
         args, kwargs = info._SAMPLE_CALLS[op]()
-        assert {"device", "dtype"} <= set(facts(*args, **kwargs))
+        assert facts(*args, **kwargs)["device"] == "cpu"
 
 
 def test_the_answer_agrees_with_the_backend_that_a_call_gets():
