@@ -17,4 +17,21 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
       "float eps, float max_grad_norm, bool decoupled_weight_decay, bool maximize) -> ()");
   // The 2-norm of all gradients together, divided by grad_scale: float32, 0-dimensional.
   m.def("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor");
+  // (B, H, S, D), or with cu_seqlens (T, H, D). Windows of -1 are unlimited; max_seqlen is read
+  // with cu_seqlens only; cache_seqlens makes it decoding. lse is float32, (B, Hq, Sq) or (Hq, Tq).
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_rng, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? cache_seqlens, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+      "float dropout_p, bool is_causal, bool bottom_right, float scale, SymInt window_left, "
+      "SymInt window_right, float softcap, bool deterministic) -> (Tensor out, Tensor lse)");
+  // dmask (float32, of attn_mask's shape) and dsinks are empty where their gradient is not wanted.
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
+      "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? dropout_rng, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, bool is_causal, "
+      "bool bottom_right, float scale, SymInt window_left, SymInt window_right, float softcap, "
+      "bool deterministic, bool mask_gradient, bool sinks_gradient) -> "
+      "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dsinks)");
 }

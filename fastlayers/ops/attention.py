@@ -1,10 +1,11 @@
 """Scaled dot-product attention: dense, over packed sequences, and against a KV cache."""
 
+import itertools
 import math
 
 import torch
 
-from fastlayers import backends, reference
+from fastlayers import _native, backends, reference
 from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
 
 MAX_HEAD_DIM = 256  # of the compiled kernels
@@ -367,8 +368,30 @@ def _call(op, backend, query, key, value, *arguments):
     """Every backend takes the arguments of reference.attention, in its order, and returns (out, lse)."""
     chosen = backends.choose(op, _facts_of(query, value), backend)
     if chosen == "reference":
+        _check_length_values(op, query, key, *arguments[4:9])
         return reference.attention(query, key, value, *arguments)
     return torch.ops.fastlayers.attention_forward(query, key, value, *arguments)
+
+
+def _check_length_values(op, query, key, cu_seqlens_q, cu_seqlens_k, cache_seqlens, max_seqlen_q, max_seqlen_k):
+    """What the compiled kernels check themselves. Not while compiling and not on a GPU, where reading would wait."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cache_seqlens is not None:
+        for seqlen in cache_seqlens.tolist():
+            if not 0 <= seqlen <= key.shape[2]:
+                raise ValueError(f"{op}: cache_seqlens has to be between 0 and {key.shape[2]}, got {seqlen}")
+    if cu_seqlens_q is not None:
+        _check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q.tolist(), query.shape[0], max_seqlen_q)
+        _check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k.tolist(), key.shape[0], max_seqlen_k)
+
+
+def _check_cu_seqlens(op, name, rows, total, max_seqlen):
+    if rows[0] != 0 or rows[-1] > total:
+        raise ValueError(f"{op}: {name} has to start with 0 and end at {total} at most, got {rows[0]} ... {rows[-1]}")
+    for begin, end in itertools.pairwise(rows):
+        if not 0 <= end - begin <= max_seqlen:
+            raise ValueError(f"{op}: {name} goes from {begin} to {end}; a sequence has 0 to {max_seqlen} rows")
 
 
 def _facts_of(query, value):
@@ -390,6 +413,71 @@ def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
     return _facts_of(query, value)
 
 
-backends.register("attention", facts=_attention_facts)
-backends.register("varlen_attention", facts=_attention_facts)
-backends.register("decode_attention", facts=_decode_facts)
+def _cpu_reason(facts):
+    if facts["dtype"] not in _KERNEL_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    for name in ("head_dim", "head_dim_v"):
+        if not 1 <= facts[name] <= MAX_HEAD_DIM:
+            return f"{name} has to be 1 to {MAX_HEAD_DIM}, got {facts[name]}"
+    return backends.native_reason(facts)
+
+
+backends.register("attention", facts=_attention_facts, cpu=_cpu_reason)
+backends.register("varlen_attention", facts=_attention_facts, cpu=_cpu_reason)
+backends.register("decode_attention", facts=_decode_facts, cpu=_cpu_reason)
+
+
+# The compiled kernels: shapes without values, and gradients.
+
+
+def _allocate_like(tensor, last):
+    """The layout rule of csrc/bindings/attention.cpp: heads inside the sequence where `tensor` has them so."""
+    if tensor.dim() == 3 or tensor.stride(1) >= tensor.stride(2):
+        return tensor.new_empty((*tensor.shape[:-1], last))
+    batch, heads, seqlen, _ = tensor.shape
+    return tensor.new_empty((batch, seqlen, heads, last)).transpose(1, 2)
+
+
+def _forward_fake(query, key, value, *arguments):
+    shape = (query.shape[1], query.shape[0]) if query.dim() == 3 else query.shape[:3]
+    return _allocate_like(query, value.shape[-1]), query.new_empty(shape, dtype=torch.float32)
+
+
+def _backward_fake(grad_out, grad_lse, out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *arguments):
+    *_, mask_gradient, sinks_gradient = arguments
+    dmask = query.new_empty(attn_mask.shape if mask_gradient else (0,), dtype=torch.float32)
+    dsinks = query.new_empty(sinks.shape if sinks_gradient else (0,), dtype=torch.float32)
+    return *(_allocate_like(tensor, tensor.shape[-1]) for tensor in (query, key, value)), dmask, dsinks
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, cache_seqlens = inputs[:10]
+    if cache_seqlens is not None:
+        raise RuntimeError("decode_attention has no gradient")
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = inputs[10:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    mask_gradient, sinks_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+    dquery, dkey, dvalue, dmask, dsinks = torch.ops.fastlayers.attention_backward(
+        *(grad_out, grad_lse, out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others),
+        *(*ctx.options, mask_gradient, sinks_gradient),
+    )
+    dmask = dmask.to(attn_mask.dtype) if mask_gradient else None
+    return dquery, dkey, dvalue, dmask, None, dsinks if sinks_gradient else None, *(None,) * 14
+
+
+def _double_backward(ctx, *grads):
+    raise RuntimeError("attention is differentiable once: the gradient of its gradient is not implemented")
+
+
+if _native.error is None:
+    torch.library.register_fake("fastlayers::attention_forward", _forward_fake)
+    torch.library.register_autograd("fastlayers::attention_forward", _backward, setup_context=_setup_context)
+    torch.library.register_fake("fastlayers::attention_backward", _backward_fake)
+    torch.library.register_autograd("fastlayers::attention_backward", _double_backward)
