@@ -34,4 +34,24 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
       "bool bottom_right, float scale, SymInt window_left, SymInt window_right, float softcap, "
       "bool deterministic, bool mask_gradient, bool sinks_gradient) -> "
       "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dsinks)");
+
+
+  // Second result: the pre-activation, empty unless saved. In the backward, what a needs_... flag
+  // does not ask for comes back empty; preactivation None: computed again from input and weight.
+  m.def(
+      "linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation,"
+      " bool save_preactivation) -> (Tensor, Tensor)");
+  m.def(
+      "linear_act_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? bias,"
+      " Tensor? preactivation, str activation, bool needs_input, bool needs_weight,"
+      " bool needs_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_linear_act_forward(Tensor input, Tensor weight_gate, Tensor weight_up,"
+      " Tensor? bias_gate, Tensor? bias_up, str activation, bool save_preactivation)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_linear_act_backward(Tensor grad, Tensor? input, Tensor? weight_gate,"
+      " Tensor? weight_up, Tensor? bias_gate, Tensor? bias_up, Tensor? gate, Tensor? up,"
+      " str activation, bool needs_input, bool needs_weight_gate, bool needs_weight_up,"
+      " bool needs_bias_gate, bool needs_bias_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlayers import backends, reference
+from fastlayers import _native, backends, reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,8 +24,43 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     """
     input, weight, bias = _autocast(input, weight, bias)
     _check("linear_act", activation, save, input, weight=weight, bias=bias)
-    _choose("linear_act", input, backend)
-    return reference.linear_act(input, weight, bias, activation)
+    if _choose("linear_act", input, backend) == "reference":
+        return reference.linear_act(input, weight, bias, activation)
+    saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
+    return torch.ops.fastlayers.linear_act_forward(input, weight, bias, activation, saves)[0]
+
+
+def _linear_act_setup(ctx, inputs, output):
+    input, weight, bias, activation, saves = inputs
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    recomputes = activation != "identity" and not saves
+    ctx.save_for_backward(
+        input if needs_weight or recomputes else None,
+        weight if needs_input or recomputes else None,
+        bias if recomputes else None,
+        output[1] if saves else None,
+    )
+    ctx.activation, ctx.needs = activation, (needs_input, needs_weight, needs_bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_act_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    found = torch.ops.fastlayers.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    return (*_wanted(found, ctx.needs), None, None)
+
+
+def _linear_act_forward_fake(input, weight, bias, activation, saves):
+    shape = (*input.shape[:-1], weight.shape[0])
+    return input.new_empty(shape), input.new_empty(shape if saves else 0)
+
+
+def _linear_act_backward_fake(grad, input, weight, bias, preactivation, activation, *needs):
+    in_features = weight.shape[1] if weight is not None else input.shape[-1] if input is not None else 0
+    shapes = ((*grad.shape[:-1], in_features), (grad.shape[-1], in_features), grad.shape[-1])
+    return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
 def gated_linear_act(
@@ -55,14 +90,90 @@ def gated_linear_act(
             f"gated_linear_act: weight_gate has shape {tuple(weight_gate.shape)}, weight_up {tuple(weight_up.shape)}; "
             "they have to be the same"
         )
-    _choose("gated_linear_act", input, backend)
-    return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
+    if _choose("gated_linear_act", input, backend) == "reference":
+        return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
+    saves = save == "preactivation" and _needs_gradient(input, weight_gate, weight_up, bias_gate, bias_up)
+    return torch.ops.fastlayers.gated_linear_act_forward(
+        input, weight_gate, weight_up, bias_gate, bias_up, activation, saves
+    )[0]
+
+
+def _gated_linear_act_setup(ctx, inputs, output):
+    input, weight_gate, weight_up, bias_gate, bias_up, activation, saves = inputs
+    needs = ctx.needs_input_grad[:5]
+    needs_input, needs_weight = needs[0], needs[1] or needs[2]
+    ctx.save_for_backward(
+        input if needs_weight or not saves else None,
+        weight_gate if needs_input or not saves else None,
+        weight_up if needs_input or not saves else None,
+        None if saves else bias_gate,
+        None if saves else bias_up,
+        output[1] if saves else None,
+        output[2] if saves else None,
+    )
+    ctx.activation, ctx.needs = activation, needs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _gated_linear_act_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    found = torch.ops.fastlayers.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    return (*_wanted(found, ctx.needs), None, None)
+
+
+def _gated_linear_act_forward_fake(input, weight_gate, weight_up, bias_gate, bias_up, activation, saves):
+    shape = (*input.shape[:-1], weight_gate.shape[0])
+    saved = shape if saves else 0
+    return input.new_empty(shape), input.new_empty(saved), input.new_empty(saved)
+
+
+def _gated_linear_act_backward_fake(
+    grad, input, weight_gate, weight_up, bias_gate, bias_up, gate, up, activation, *needs
+):
+    in_features = weight_gate.shape[1] if weight_gate is not None else input.shape[-1] if input is not None else 0
+    weight, bias = (grad.shape[-1], in_features), grad.shape[-1]
+    shapes = ((*grad.shape[:-1], in_features), weight, weight, bias, bias)
+    return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
+
+
+def _wanted(gradients, needs):
+    return (gradient if needed else None for gradient, needed in zip(gradients, needs))
+
+
+def _needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_double_backward(op):
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op}: double backward is not supported; it is differentiable once")
+
+    return refuse
+
+
+if not _native.error:
+    for _op, _setup, _backward, _forward_fake, _backward_fake in (
+        ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
+        (
+            "gated_linear_act",
+            _gated_linear_act_setup,
+            _gated_linear_act_backward,
+            _gated_linear_act_forward_fake,
+            _gated_linear_act_backward_fake,
+        ),
+    ):
+        torch.library.register_fake(f"fastlayers::{_op}_forward", _forward_fake)
+        torch.library.register_fake(f"fastlayers::{_op}_backward", _backward_fake)
+        torch.library.register_autograd(f"fastlayers::{_op}_forward", _backward, setup_context=_setup)
+        torch.library.register_autograd(f"fastlayers::{_op}_backward", _refuse_double_backward(_op))
 
 
 def _autocast(input, *others):
     """The tensors as torch.nn.functional.linear sees them under autocast; unchanged outside."""
     device = input.device.type if isinstance(input, torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return (input, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -112,5 +223,11 @@ def _facts(input, *others, **options):
     return {"device": input.device.type, "dtype": input.dtype}
 
 
-backends.register("linear_act", facts=_facts)
-backends.register("gated_linear_act", facts=_facts)
+def _cpu_reason(facts):
+    if facts["dtype"] not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    return backends.native_reason(facts)
+
+
+backends.register("linear_act", facts=_facts, cpu=_cpu_reason)
+backends.register("gated_linear_act", facts=_facts, cpu=_cpu_reason)

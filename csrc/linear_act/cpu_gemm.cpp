@@ -1,0 +1,179 @@
+// linear_act_gemm on CPU: b is packed once by all threads, then blocks of the result are computed
+// independently, each thread packing the rows of a that its block needs.
+//
+//   for each chunk of k                    the sums so far wait in a float32 block
+//     pack a: kBlockM rows x kChunkSteps   stays in L2
+//     for each panel of b                  kTileN x kChunkSteps, streams through L2
+//       for each panel of a                kTileM x kChunkSteps
+//         multiply_tile                    after the last chunk: store_tile
+//
+// Sums run over at most kChunkSteps steps before they are added up, which also keeps the rounding
+// error of long sums small. The order of summation does not depend on the number of threads.
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "linear_act/gemm_store.h"
+#include "linear_act/gemm_tile.h"
+#include "linear_act/kernels.h"
+
+namespace fl::FL_ISA {
+namespace {
+
+// Chosen on Zen 5 (48 KB L1d, 1 MB L2 per core).
+constexpr int64_t kChunkSteps = 384;
+constexpr int64_t kBlockM = 96;
+constexpr int64_t kBlockN = 16 * kTileN;
+
+FL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A stretch of k of one of the products.
+struct Chunk {
+  int product;
+  int64_t k, depth, steps;
+};
+
+template <class T>
+class Gemm {
+  using Step = typename PanelOf<T>::Step;
+  static constexpr int kDepth = PanelOf<T>::kDepth;
+  static constexpr int64_t kChunkDepth = kChunkSteps * kDepth;
+
+ public:
+  explicit Gemm(const LinearActGemm& g)
+      : g_(g),
+        store_tile_(choose_store_tile<T>(g)),
+        pair_(g.form == LinearActGemm::Form::kGated ? 2 : 1),
+        chunks0_(count_chunks(g.k[0])),
+        chunks_(chunks0_ + (g.form == LinearActGemm::Form::kSum ? count_chunks(g.k[1]) : 0)),
+        panels_n_(ceil_div(g.n, kTileN)) {
+    choose_blocks();
+  }
+
+  void run() {
+    int64_t steps = 0;
+    for (int64_t c = 0; c < chunks_; ++c) steps += chunk(c).steps;
+    const Scratch packed_b(pair_ * panels_n_ * kTileN * steps * sizeof(Step));
+    packed_b_ = packed_b.as<Step>();
+    pack_b();
+
+    const int64_t a_bytes = rows_ * kChunkSteps * sizeof(Step);
+    const int64_t sums_bytes = pair_ * sums_rows() * sums_stride() * sizeof(float);
+    const int64_t blocks = blocks_m_ * blocks_n_;
+    const int64_t workers = min64(blocks, num_threads());
+    const Scratch scratch(workers * (a_bytes + sums_bytes));
+    auto block = [&](int64_t task, int worker) {
+      const int64_t at = worker * (a_bytes + sums_bytes);
+      compute_block(task, scratch.as<Step>(at), scratch.as<float>(at + a_bytes));
+    };
+    parallel_tasks(blocks, block);
+  }
+
+ private:
+  // An empty sum is one chunk of no steps, so that the result is written all the same.
+  static int64_t count_chunks(int64_t k) { return k == 0 ? 1 : ceil_div(k, kChunkDepth); }
+
+  Chunk chunk(int64_t index) const {
+    const int product = index < chunks0_ ? 0 : 1;
+    const int64_t k = (index - product * chunks0_) * kChunkDepth;
+    const int64_t depth = min64(kChunkDepth, g_.k[product] - k);
+    return {product, k, depth, ceil_div(depth, kDepth)};
+  }
+
+  // Blocks of at most kBlockM x kBlockN, cut further until every thread has some.
+  void choose_blocks() {
+    const int64_t panels_m = ceil_div(g_.m, kTileM);
+    const int64_t threads = num_threads();
+    blocks_m_ = ceil_div(g_.m, kBlockM);
+    blocks_n_ = ceil_div(g_.n, kBlockN);
+    while (blocks_m_ * blocks_n_ < 4 * threads && (blocks_m_ < panels_m || blocks_n_ < panels_n_)) {
+      const bool split_m = panels_m * blocks_n_ * kTileM > panels_n_ * blocks_m_ * kTileN;
+      if (blocks_n_ == panels_n_ || (split_m && blocks_m_ < panels_m)) {
+        ++blocks_m_;
+      } else {
+        ++blocks_n_;
+      }
+    }
+    rows_ = ceil_div(panels_m, blocks_m_) * kTileM;
+    cols_ = ceil_div(panels_n_, blocks_n_) * kTileN;
+    blocks_m_ = ceil_div(g_.m, rows_);
+    blocks_n_ = ceil_div(g_.n, cols_);
+  }
+
+  // With one chunk a tile of sums is enough; with more they wait for the next chunk.
+  int64_t sums_rows() const { return chunks_ > 1 ? rows_ : kTileM; }
+  int64_t sums_stride() const { return chunks_ > 1 ? cols_ : kTileN; }
+
+  // Packed b: chunk by chunk, panel by panel; in the gated form each panel of b[0] is followed by
+  // that of b[1].
+  Step* packed_b(int64_t c, int64_t panel, int which) const {
+    int64_t steps_before = 0;
+    for (int64_t i = 0; i < c; ++i) steps_before += chunk(i).steps;
+    const int64_t panels = steps_before * panels_n_ + chunk(c).steps * panel;
+    return packed_b_ + (panels * pair_ + chunk(c).steps * which) * kTileN;
+  }
+
+  void pack_b() {
+    auto pack = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c = i / panels_n_, panel = i % panels_n_;
+        const Chunk k = chunk(c);
+        const int64_t row = panel * kTileN, rows = min64(kTileN, g_.n - row);
+        for (int which = 0; which < pair_; ++which) {
+          const GemmFactor& b = g_.b[pair_ == 2 ? which : k.product];
+          pack_panels<kTileN, T>(b, row, rows, k.k, k.depth, packed_b(c, panel, which));
+        }
+      }
+    };
+    parallel_ranges(chunks_ * panels_n_, 4, pack);
+  }
+
+  void compute_block(int64_t task, Step* packed_a, float* sums) const {
+    const int64_t row = task / blocks_n_ * rows_, col = task % blocks_n_ * cols_;
+    const int64_t rows = min64(rows_, g_.m - row), cols = min64(cols_, g_.n - col);
+    for (int64_t c = 0; c < chunks_; ++c) {
+      const Chunk k = chunk(c);
+      pack_panels<kTileM, T>(g_.a[k.product], row, rows, k.k, k.depth, packed_a);
+      for (int64_t j = 0; j < cols; j += kTileN) {
+        const Step* b = packed_b(c, (col + j) / kTileN, 0);
+        for (int64_t i = 0; i < rows; i += kTileM) {
+          float* tile = chunks_ > 1 ? sums + i * sums_stride() + j : sums;
+          const SumTile t{{tile, tile + sums_rows() * sums_stride()},
+                          sums_stride(),
+                          row + i,
+                          col + j,
+                          static_cast<int>(min64(kTileM, rows - i)),
+                          static_cast<int>(min64(kTileN, cols - j))};
+          compute_tile(k.steps, packed_a + i * k.steps, b, t, c);
+        }
+      }
+    }
+  }
+
+  void compute_tile(int64_t steps, const Step* a, const Step* b, const SumTile& t,
+                    int64_t c) const {
+    for (int which = 0; which < pair_; ++which) {
+      float* sums = const_cast<float*>(t.sums[which]);
+      multiply_tile(steps, a, b + which * steps * kTileN, sums, t.stride, c > 0);
+    }
+    if (c + 1 == chunks_) store_tile_(g_, t);
+  }
+
+  const LinearActGemm& g_;
+  const StoreTile store_tile_;
+  const int pair_;         // products side by side: 2 in the gated form
+  const int64_t chunks0_;  // of the first product
+  const int64_t chunks_;
+  const int64_t panels_n_;
+  int64_t blocks_m_, blocks_n_;  // how many
+  int64_t rows_, cols_;          // of a block
+  Step* packed_b_ = nullptr;
+};
+
+}  // namespace
+
+void linear_act_gemm(const LinearActGemm& g) {
+  if (g.m == 0 || g.n == 0) return;
+  with_dtype(g.dtype, [&](auto type) { Gemm<typename decltype(type)::type>(g).run(); });
+}
+
+}  // namespace fl::FL_ISA
