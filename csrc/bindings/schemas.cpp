@@ -35,7 +35,6 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
       "bool deterministic, bool mask_gradient, bool sinks_gradient) -> "
       "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dsinks)");
 
-
   // Second result: the pre-activation, empty unless saved. In the backward, what a needs_... flag
   // does not ask for comes back empty; preactivation None: computed again from input and weight.
   m.def(
