@@ -1,0 +1,59 @@
+"""The `fastlayers` command: a table of subcommands.
+
+Each names a module with add_arguments(parser) and run(args) -> exit status, or with a COMMANDS table of its own, and
+the extra of the package that it needs, if any.
+"""
+
+import argparse
+import importlib
+import sys
+
+import fastlayers
+from fastlayers.harness import UserError
+
+COMMANDS = {
+    "info": ("fastlayers.info", "what was built, and which backends can run on this machine", None),
+    "verify": ("fastlayers.verify", "check every op, dtype and option against PyTorch on this machine", None),
+    "train": ("fastlayers.harness.train", "train a recipe, on fastlayers or beside plain PyTorch", None),
+    "bench": ("fastlayers.bench", "measure fastlayers against PyTorch on this machine", "bench"),
+}
+
+
+def add_commands(parser, commands, arguments):
+    """Add one subparser a command; only the module of the one that `arguments` starts with is imported."""
+    parsers = parser.add_subparsers(metavar=" | ".join(commands), required=True)
+    for name, (module, summary, extra) in commands.items():
+        command = parsers.add_parser(name, help=summary, description=summary)
+        if arguments[:1] == [name]:
+            module = import_command(name, module, extra)
+            if hasattr(module, "COMMANDS"):
+                add_commands(command, module.COMMANDS, arguments[1:])
+            else:
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
+
+
+def import_command(name, module, extra):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if extra is None or error.name.split(".")[0] == "fastlayers":
+            raise
+        raise UserError(f'{name} needs {error.name}: pip install "fastlayers[{extra}]"') from error
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="fastlayers", description=fastlayers.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastlayers {fastlayers.__version__}")
+    try:
+        add_commands(parser, COMMANDS, arguments)
+        args = parser.parse_args(arguments)
+        return args.run(args)
+    except UserError as error:
+        print(f"fastlayers: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
