@@ -153,6 +153,8 @@ def fused_class(kind):
             (input,) = (*args, *kwargs.values())
             return recognised.run([getattr(self, name) for name in recognised.names], input)
 
+        body.__signature__ = inspect.signature(getattr(kind, method))  # transformers counts the parameters
+
     def __reduce_ex__(self, protocol):
         _, _, *state = kind.__reduce_ex__(self, protocol)
         return _new_fused, (kind,), *state
