@@ -394,11 +394,11 @@ def run(args):
             continue
         checked = True
         print(f"backend {backend}: the worst deviation as a share of what is allowed\n")
-        print(f"{'op':<17} {'option':<52}" + "".join(f"{_name(dtype):<11}" for dtype in DTYPES).rstrip())
+        print(f"{'op':<17} {'option':<52}" + "".join(f"{_name(dtype):<13}" for dtype in DTYPES).rstrip())
         for check in checks:
             cells = [judge(check, dtype, backend, sizes) for dtype in DTYPES]
             print(
-                f"{check.op:<17} {check.option:<52}" + "".join(f"{_cell(cell):<11}" for cell in cells).rstrip(),
+                f"{check.op:<17} {check.option:<52}" + "".join(f"{_cell(cell):<13}" for cell in cells).rstrip(),
                 flush=True,
             )
             for dtype, cell in zip(DTYPES, cells):
