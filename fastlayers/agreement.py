@@ -28,10 +28,11 @@ def _max_and_rms(values):
     return values.abs().max().item(), values.square().mean().sqrt().item()
 
 
-def deviation(ours, exact, eager):
+def deviation(ours, exact, eager, dtype=None):
     """Compare one tensor by the rule. Infinities and NaNs have to stand exactly where eager has them.
 
     ours, eager: same shape and dtype; exact: same shape, float64
+    dtype:       the tested dtype, where it is not that of the tensors (mixed precision keeps results in float32)
     """
     if ours.shape != exact.shape or ours.dtype != eager.dtype:
         wanted, came = f"{tuple(exact.shape)} {eager.dtype}", f"{tuple(ours.shape)} {ours.dtype}"
@@ -49,7 +50,7 @@ def deviation(ours, exact, eager):
     ours, exact, eager = ours[finite], exact[finite], eager[finite]
     if not torch.isfinite(ours).all():
         return Deviation(float("inf"), f"{(~torch.isfinite(ours)).sum().item()} values are not finite")
-    eps = torch.finfo(eager.dtype).eps
+    eps = torch.finfo(dtype or eager.dtype).eps
     worst = Deviation(0.0, None)
     errors, allowances = _max_and_rms(ours.double() - exact), _max_and_rms(eager.double() - exact)
     for name, error, allowance, scale in zip(("max", "rms"), errors, allowances, _max_and_rms(exact)):

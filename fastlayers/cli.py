@@ -37,9 +37,10 @@ def import_command(name, module, extra):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if extra is None or error.name.split(".")[0] == "fastlayers":
+        package = error.name.split(".")[0]
+        if extra is None or package == "fastlayers":
             raise
-        raise UserError(f'{name} needs {error.name}: pip install "fastlayers[{extra}]"') from error
+        raise UserError(f'{name} needs {package}: pip install "fastlayers[{extra}]"') from error
 
 
 def main(arguments=None):

@@ -11,7 +11,7 @@ import fastlayers
 from fastlayers.agreement import deviation
 from fastlayers.harness.forward import example_losses
 
-LOSS_SCALE = 1024.0  # float16 alone: keeps small gradients above its smallest number, as GradScaler does in training
+LOSS_SCALE = 1024.0  # for float16: keeps small gradients above its smallest number, as GradScaler does in training
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Agreement:
     def ok(self):
         return self.steps > 0 and not self.problems
 
-    def add(self, ours, exact, eager, where):
+    def add(self, ours, exact, eager, dtype, where):
         """Compare the losses and gradients of one step, each as losses_and_gradients returns them."""
         for what, one in (("loss", losses_of), ("gradient", gradient_of)):
-            found = deviation(one(ours), one(exact), one(eager))
+            found = deviation(one(ours), one(exact), one(eager), dtype)
             if not found.ratio <= self.worst_deviation:
                 self.worst_deviation, self.worst_place = found.ratio, f"{what}, {where}"
             if not found.ok:
@@ -75,7 +75,7 @@ def check_kernels(agreement, model, batch, dtype, seed, where):
     with fastlayers.use_backend("reference"):
         eager = losses_and_gradients(model, batch, dtype, seed)
         exact = losses_and_gradients(copy.deepcopy(model).double(), batch, torch.float64, seed)
-    agreement.add(ours, exact, eager, where)
+    agreement.add(ours, exact, eager, dtype, where)
 
 
 def check_swap(agreement, swapped, unmodified, batch, dtype, seed, where):
@@ -90,7 +90,7 @@ def check_swap(agreement, swapped, unmodified, batch, dtype, seed, where):
     exact = losses_and_gradients(copy.deepcopy(unmodified).double(), batch, torch.float64, seed)
     for module in was_training:
         module.training = True
-    agreement.add(ours, exact, eager, where)
+    agreement.add(ours, exact, eager, dtype, where)
 
 
 def losses_and_gradients(model, batch, dtype, seed):
@@ -101,7 +101,7 @@ def losses_and_gradients(model, batch, dtype, seed):
         losses = example_losses(model, batch, dtype)
         (losses.mean() * scale).backward()
     found = {"loss": losses.detach()}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
