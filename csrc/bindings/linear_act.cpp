@@ -25,6 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 class Matrix {
  public:
   explicit Matrix(const Tensor& tensor) : tensor_(tensor) {
+    FL_CHECK(tensor.dim() >= 1, "linear_act: a tensor has no dimension");
     if (!view()) {
       tensor_ = torch::stable::contiguous(tensor);
       FL_CHECK(view(), "linear_act: a contiguous tensor has to be a matrix");
@@ -64,6 +65,7 @@ class Matrix {
 };
 
 std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+  FL_CHECK(tensor.dim() >= 1, "linear_act: input and grad have to have at least one dimension");
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   sizes.back() = last;
   return sizes;
@@ -106,7 +108,6 @@ template <class Device>
 void run_forward(const Tensor& input, const Tensor* const (&weight)[2],
                  const OptionalTensor* const (&bias)[2], Activation activation,
                  Tensor* const (&preactivation)[2], Tensor& out) {
-  FL_CHECK(input.dim() >= 1, "linear_act: input has to have at least one dimension");
   const Matrix x(input);
   LinearActGemm g;
   g.dtype = dtype_of(input, "linear_act: input");
@@ -211,7 +212,6 @@ void check_preactivation(const Tensor& z, const Tensor& dout) {
 
 // dout with dense columns, which is what activation_backward reads.
 Matrix dense_columns(const Tensor& dout) {
-  FL_CHECK(dout.dim() >= 1, "linear_act: grad has to have at least one dimension");
   Matrix matrix(dout);
   return matrix.cols_dense() ? matrix : Matrix(torch::stable::contiguous(dout));
 }
@@ -222,9 +222,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor input,
                                             OptionalTensor preactivation, std::string name,
                                             bool needs_input, bool needs_weight, bool needs_bias) {
   const Activation activation = activation_from_name(name);
+  FL_CHECK(dout.dim() >= 1, "linear_act: grad has to have at least one dimension");
   const bool identity = activation == Activation::kIdentity;
   if (!identity && !preactivation) {
-    FL_CHECK(input && weight, "linear_act: without preactivation, input and weight are needed");
+    FL_CHECK(input && weight && input->dim() >= 1,
+             "linear_act: without preactivation, input and weight are needed");
     preactivation = empty(dout, sizes_with_last(dout, dout.size(dout.dim() - 1)));
     check_weight(*weight, dout, dout.size(dout.dim() - 1), input->size(input->dim() - 1));
     run_forward<Device>(*input, {&*weight, nullptr}, {&bias, nullptr}, Activation::kIdentity,
@@ -263,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
     std::string name, bool needs_input, bool needs_weight_gate, bool needs_weight_up,
     bool needs_bias_gate, bool needs_bias_up) {
   if (!gate || !up) {
-    FL_CHECK(input && weight_gate && weight_up,
+    FL_CHECK(input && weight_gate && weight_up && input->dim() >= 1 && dout.dim() >= 1,
              "gated_linear_act: without gate and up, input and both weights are needed");
     gate = empty(dout, sizes_with_last(dout, dout.size(dout.dim() - 1)));
     up = empty(dout, sizes_with_last(dout, dout.size(dout.dim() - 1)));

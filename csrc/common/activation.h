@@ -58,12 +58,16 @@ struct Gelu {
 
 // The tanh approximation of the same paper: x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3).
 struct GeluTanh {
-  FL_FORMULA gate(V x) { return sigmoid(x * fma(x * x, V(0.0713548163f), V(1.59576912f))); }
-  FL_FORMULA forward(V x) { return x * gate(x); }
+  FL_FORMULA gate_argument(V x) { return x * fma(x * x, V(0.0713548163f), V(1.59576912f)); }
+  FL_FORMULA forward(V x) { return x * sigmoid(gate_argument(x)); }
   FL_FORMULA derivative(V x) {
-    const V s = gate(x);
+    // The gate and 1 - gate from e^-|2 u|: 1 - gate itself would cancel, times a slope of x^3.
+    const V v = gate_argument(x);
+    const V e = exp(-abs(v));
+    const V larger = V(1.0f) / (V(1.0f) + e);
+    const V smaller = e * larger;
     const V slope = fma(x * x, V(0.214064449f), V(1.59576912f));
-    return fma(x * slope * s, V(1.0f) - s, s);
+    return fma(x * slope * larger, smaller, select(v > V(0.0f), larger, smaller));
   }
 };
 

@@ -5,16 +5,29 @@ Importing this module registers the attention implementation "fastlayers" with t
 """
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from fastlayers import ops
 from fastlayers.nn.attention import attention_with_weights
 
 NAME = "fastlayers"
+
+
+class CausalParts(NamedTuple):
+    """A causal mask (B, 1, Sq, Sk) as options of ops.attention, so that the kernel skips what is hidden.
+
+    Kept beside the mask, as its attribute `fastlayers_parts`: whatever a model does to the mask gives a new tensor
+    without it, and then the mask itself counts.
+    """
+
+    padding: torch.Tensor | None  # (B, 1, 1, Sk), True for tokens
+    window: tuple | None
+    alignment: str
 
 
 def attention_forward(
@@ -53,17 +66,24 @@ def attention_forward(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         output, weights = attention_with_weights(query, key, value, attention_mask, dropout, scaling)
         return output.transpose(1, 2).contiguous(), weights
+    parts = getattr(attention_mask, "fastlayers_parts", None)
+    if parts is None:
+        parts = CausalParts(attention_mask, None, "top_left")
+    else:
+        is_causal = True
     output = ops.attention(
         query,
         key,
         value,
-        attention_mask,
+        parts.padding,
         dropout,
         is_causal,
         scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        window=parts.window,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        causal_alignment=parts.alignment,
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -87,28 +107,44 @@ def attention_mask(
     kv_offset=0,
     mask_function=None,
     attention_mask=None,
+    local_size=None,
+    allow_is_causal_skip=True,
     allow_is_bidirectional_skip=False,
     use_vmap=False,
     **kwargs,
 ):
     """transformers' mask function: padding alone stays (B, 1, 1, Sk), or None where nothing is padded.
 
-    attention_mask: the 2-D padding mask (B, Sk), True for tokens, or None. Every other mask is sdpa's.
+    attention_mask: the 2-D padding mask (B, Sk), True for tokens, or None. Every other mask is sdpa's, a causal one
+    with its CausalParts beside it.
     """
-    is_padding_only = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip and not use_vmap
-    if not is_padding_only:
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            use_vmap=use_vmap,
-            **kwargs,
-        )
+    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip and not use_vmap:
+        return _padding(attention_mask, kv_length, kv_offset)
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        local_size,
+        allow_is_causal_skip,
+        allow_is_bidirectional_skip,
+        use_vmap,
+        **kwargs,
+    )
+    if mask is not None and allow_is_causal_skip and q_length > 1 and not torch.compiler.is_compiling():
+        window = _window(mask_function, local_size, kwargs.get("config"))
+        alignment = _alignment(q_length, kv_length, q_offset, kv_offset)
+        if window is not None and alignment is not None:
+            padding = _padding(attention_mask, kv_length, kv_offset)
+            mask.fastlayers_parts = CausalParts(padding, window, alignment)
+    return mask
+
+
+def _padding(attention_mask, kv_length, kv_offset):
+    """The 2-D padding mask as (B, 1, 1, Sk), or None where nothing is padded."""
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
@@ -118,6 +154,24 @@ def attention_mask(
     if not torch.compiler.is_compiling() and padding.all():
         return None
     return padding[:, None, None, :]
+
+
+def _window(mask_function, local_size, config):
+    """The window of a causal mask that transformers allows to skip; None where it is something else (chunks)."""
+    if local_size is None:
+        return (None, None) if mask_function is causal_mask_function else None
+    is_window = getattr(config, "sliding_window", None) == local_size
+    is_chunk = getattr(config, "attention_chunk_size", None) is not None
+    return (local_size - 1, None) if is_window and not is_chunk else None
+
+
+def _alignment(q_length, kv_length, q_offset, kv_offset):
+    """Where the causal diagonal lies; None where it is at neither corner, or known only when the model runs."""
+    if isinstance(q_offset, torch.Tensor):
+        return None
+    if q_offset == kv_offset:
+        return "top_left"
+    return "bottom_right" if q_offset + q_length == kv_offset + kv_length else None
 
 
 AttentionInterface.register(NAME, attention_forward)
