@@ -12,37 +12,42 @@ namespace {
 
 constexpr int64_t kBlockRows = 32;
 
-struct Gradients {
-  Vec dz0, dz1;
-};
-
-template <class Act, bool kGated, class T>
-FL_INLINE Gradients gradients(const ActivationBackward& p, Vec dout, int64_t index, Mask m) {
-  if (!kGated && p.z[0] == nullptr) return {dout, dout};
-  const Vec z0 = load(static_cast<const T*>(p.z[0]) + index, m);
-  const Vec slope = Act::derivative(z0);
-  if constexpr (!kGated) return {dout * slope, dout};
-  const Vec z1 = load(static_cast<const T*>(p.z[1]) + index, m);
-  return {dout * z1 * slope, dout * Act::forward(z0)};
+// The vector of one row at column `col`, whole or its lanes under `m`. sums: (2, cols).
+template <class Act, bool kGated, bool kWhole, class T>
+FL_INLINE void backward_vector(const ActivationBackward& p, const T* dout, int64_t row, int64_t col,
+                               Mask m, float* sums) {
+  const int64_t index = row * p.cols + col;
+  const auto read = [&](const auto* from) { return kWhole ? load(from) : load(from, m); };
+  const auto write = [&](auto* to, Vec x) { kWhole ? store(to, x) : store(to, x, m); };
+  const auto finish = [&](int which, Vec dz) {
+    if (p.dz[which]) write(static_cast<T*>(p.dz[which]) + index, dz);
+    float* sum = sums + which * p.cols + col;
+    if (p.dbias[which]) write(sum, read(sum) + dz);
+  };
+  const Vec grad = read(dout + col);
+  if (p.z[0] == nullptr) return finish(0, grad);
+  const Vec z0 = read(static_cast<const T*>(p.z[0]) + index);
+  if constexpr (kGated) {
+    const Vec z1 = read(static_cast<const T*>(p.z[1]) + index);
+    finish(0, grad * z1 * Act::derivative(z0));
+    finish(1, grad * Act::forward(z0));
+  } else {
+    finish(0, grad * Act::derivative(z0));
+  }
 }
 
-// sums: (2, cols) of this block, starting at 0.
 template <class Act, bool kGated, class T>
 void backward_rows(const ActivationBackward& p, int64_t begin, int64_t end, float* sums) {
+  const Mask all = first_lanes(kLanes);
+  const int64_t whole = p.cols / kLanes * kLanes;
   for (int64_t row = begin; row < end; ++row) {
     const T* dout = static_cast<const T*>(p.dout) + row * p.dout_stride;
-    for (int64_t col = 0; col < p.cols; col += kLanes) {
-      const int64_t left = p.cols - col;
-      const Mask m = first_lanes(static_cast<int>(left < kLanes ? left : kLanes));
-      const int64_t index = row * p.cols + col;
-      const Gradients d = gradients<Act, kGated, T>(p, load(dout + col, m), index, m);
-      if (p.dz[0]) store(static_cast<T*>(p.dz[0]) + index, d.dz0, m);
-      if (kGated && p.dz[1]) store(static_cast<T*>(p.dz[1]) + index, d.dz1, m);
-      if (p.dbias[0]) store(sums + col, load(sums + col, m) + d.dz0, m);
-      if (kGated && p.dbias[1]) {
-        float* up = sums + p.cols + col;
-        store(up, load(up, m) + d.dz1, m);
-      }
+    for (int64_t col = 0; col < whole; col += kLanes) {
+      backward_vector<Act, kGated, true>(p, dout, row, col, all, sums);
+    }
+    if (whole < p.cols) {
+      const Mask m = first_lanes(static_cast<int>(p.cols - whole));
+      backward_vector<Act, kGated, false>(p, dout, row, whole, m, sums);
     }
   }
 }

@@ -111,12 +111,16 @@ void pack_panels(const GemmFactor& factor, int64_t row, int64_t rows, int64_t k,
     }
     return;
   }
-  // Dense along the rows: copied, a whole step of all panels at a time, so that reads run on.
+  // Dense along the rows: copied, a whole step of all panels at a time, so that reads run on. Each
+  // step starts on another page, where the hardware does not prefetch.
+  constexpr int64_t kStepsAhead = 12;
   for (int64_t s = 0; s < steps; ++s) {
     const T* from = data + (k + s * kDepth) * stride + row;
     float* to = reinterpret_cast<float*>(panels + s * kWidth);
     for (int64_t r = 0; r < rows; r += kWidth, to += steps * kWidth) {
       for (int lane = 0; lane < kWidth; lane += kLanes) {
+        const T* ahead = from + kStepsAhead * kDepth * stride + r + lane;
+        for (int i = 0; i < kDepth; ++i) _mm_prefetch(ahead + i * stride, _MM_HINT_T0);
         const int64_t left = rows - r - lane;
         const int width = kWidth - lane < kLanes ? kWidth - lane : kLanes;
         const int here = static_cast<int>(left < 0 ? 0 : left < width ? left : width);
