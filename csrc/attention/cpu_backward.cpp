@@ -32,13 +32,14 @@ class BackwardWorker {
   using Dot = typename DotFor<T>::type;
 
  public:
-  BackwardWorker(const AttentionBackward& p, const BackwardPlan& plan, Arena& arena)
+  BackwardWorker(const AttentionBackward& p, const BackwardPlan& plan, const float* deltas,
+                 Arena& arena)
       : p_(p),
         f_(p.forward),
         plan_(plan),
         qk_{f_.head_dim},
         v_{f_.head_dim_v},
-        queries_(p, f_.seqlen_q, true, arena),
+        queries_(p, f_.seqlen_q, true, deltas, arena),
         keys_(f_, arena),
         tile_(f_, arena) {
     // With one query head per key head a block's dk and dv are finished at once.
@@ -56,7 +57,7 @@ class BackwardWorker {
   void key_block(int64_t head, int64_t j0, ScoreRules& rules, float* dk, float* dv);
   void store_keys(int64_t j0, const float* dk, const float* dv);
   void store_queries(int64_t head, float* dq_parts);
-  float sink_gradient(int64_t head) const;
+  float sink_gradient() const;
 
   const AttentionBackward& p_;
   const AttentionForward& f_;
@@ -102,7 +103,7 @@ void BackwardWorker<T>::head(int64_t head, float* dq_parts, float* dsinks) {
     if (head == first_head + plan_.group - 1) store_keys(j0, dk, dv);
   }
   store_queries(head, dq_parts);
-  if (p_.dsinks && split_ == 0) dsinks[b_ * f_.heads_q + head] = sink_gradient(head);
+  if (p_.dsinks && split_ == 0) dsinks[b_ * f_.heads_q + head] = sink_gradient();
 }
 
 template <class T>
@@ -114,7 +115,7 @@ void BackwardWorker<T>::key_block(int64_t head, int64_t j0, ScoreRules& rules, f
     const Columns columns = tile_.columns_of(queries_, r0, j0);
     if (columns.begin >= columns.end) continue;
     tile_.products(queries_, r0, keys_, j0, columns, rules);
-    tile_.differentiate(queries_, r0, b_, j0, columns, rules.exponent_scale());
+    tile_.differentiate(queries_, r0, b_, j0, columns, rules.score_scale());
     const int first = columns.begin, width = columns.end - columns.begin;
     const int rows = tile_.rows_of(queries_, r0);
     const int64_t unit = r0 / Dot::kPair;
@@ -154,12 +155,9 @@ void BackwardWorker<T>::store_queries(int64_t head, float* dq_parts) {
 
 // dsink = sum_i p_sink[i] (dlse[i] - do[i] . o[i]),  p_sink = exp(sink - lse)
 template <class T>
-float BackwardWorker<T>::sink_gradient(int64_t head) const {
-  const float sink = f_.sinks[head] * kLog2e;
+float BackwardWorker<T>::sink_gradient() const {
   float sum = 0.0f;
-  for (int64_t r = 0; r < queries_.count; ++r) {
-    sum -= __builtin_exp2f(sink - queries_.lse2[r]) * queries_.delta[r];
-  }
+  for (int64_t r = 0; r < queries_.count; ++r) sum -= queries_.p_sink[r] * queries_.delta[r];
   return sum;
 }
 
@@ -180,11 +178,11 @@ void add_parts(const AttentionBackward& p, const BackwardPlan& plan, float* part
 }
 
 template <class T>
-void backward(const AttentionBackward& p) {
+void backward(const AttentionBackward& p, const float* deltas) {
   const AttentionForward& f = p.forward;
   const BackwardPlan plan(f);
   Arena sizes;
-  const BackwardWorker<T> measured(p, plan, sizes);
+  const BackwardWorker<T> measured(p, plan, deltas, sizes);
   const int64_t worker_bytes = round_up(sizes.used, 4096) + 64;
   const Scratch memory(worker_bytes * num_threads());
   const int64_t dq_size = f.batch * f.heads_q * f.seqlen_q * f.head_dim;
@@ -192,7 +190,7 @@ void backward(const AttentionBackward& p) {
   const Scratch sink_parts(f.batch * f.heads_q * 4);
   auto differentiate = [&](int64_t task, int worker) {
     Arena arena{memory.as<char>(worker * worker_bytes)};
-    BackwardWorker<T>(p, plan, arena).run(task, parts.as<float>(), sink_parts.as<float>());
+    BackwardWorker<T>(p, plan, deltas, arena).run(task, parts.as<float>(), sink_parts.as<float>());
   };
   parallel_tasks(plan.tasks, differentiate);
   if (plan.splits > 1) {
@@ -210,8 +208,13 @@ void backward(const AttentionBackward& p) {
 void attention_backward(const AttentionBackward& p) {
   const AttentionForward& f = p.forward;
   if (f.batch == 0 || f.heads_q == 0) return;
-  with_dtype(f.dtype, [&](auto type) { backward<typename decltype(type)::type>(p); });
-  if (p.dmask) attention_mask_gradient(p);
+  // Sums of whole rows or columns of ds would show the rounding of o.
+  const bool exact = p.dmask || p.dsinks;
+  const Scratch memory(exact ? f.batch * f.heads_q * f.seqlen_q * 4 : 0);
+  float* deltas = exact ? memory.as<float>() : nullptr;
+  if (exact) attention_deltas(p, deltas);
+  with_dtype(f.dtype, [&](auto type) { backward<typename decltype(type)::type>(p, deltas); });
+  if (p.dmask) attention_mask_gradient(p, deltas);
 }
 
 }  // namespace fl::FL_ISA

@@ -192,7 +192,7 @@ void ForwardWorker<T>::tile(int64_t r0, int64_t j0, ScoreRules& rules) {
                              kBlockN);
   rules.apply(rows_ + r0, count, j0, columns, s_, nullptr);
   alignas(64) float decay[kTileM];
-  exponentiate(r0, j0, columns, rules.exponent_scale(), decay);
+  exponentiate(r0, j0, columns, rules.score_scale(), decay);
   const float* weights = Dot::kPair == 1 ? s_ : pairs_;
   const OperandB values = v_.as_columns(v_operand_ + columns.begin / Dot::kPair * v_.padded());
   product<Dot, Update::kDecayAndAdd>(
@@ -201,7 +201,7 @@ void ForwardWorker<T>::tile(int64_t r0, int64_t j0, ScoreRules& rules) {
       o_ + r0 * v_.padded(), v_.padded(), decay);
 }
 
-// p = 2^(scale * s - max), dropped where dropout says so, to be multiplied by V. Returns sum(p)
+// p = exp(scale * s - max), dropped where dropout says so, to be multiplied by V. Returns sum(p)
 // before dropout.
 template <class Dot>
 FL_INLINE float weigh_row(const float* s, const Columns& columns, float scale, float max,
@@ -211,7 +211,7 @@ FL_INLINE float weigh_row(const float* s, const Columns& columns, float scale, f
     Vec p[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      p[v] = exp2_probability(fma(load(s + c + v * kLanes), Vec(scale), Vec(-max)));
+      p[v] = exp_score(fma(load(s + c + v * kLanes), Vec(scale), Vec(-max)));
       sum += p[v];
       if (keep) p[v] = select(kept_lanes(keep, c + v * kLanes), p[v], Vec(0.0f));
     }
@@ -249,7 +249,7 @@ void ForwardWorker<T>::exponentiate(int64_t r0, int64_t j0, const Columns& colum
     const Vec finite = select(now == Vec(-kInfinity), Vec(0.0f), now);
     store(max_ + r0 + r, now);
     store(shift + r, finite);
-    store(decay + r, exp2_probability(before - finite));
+    store(decay + r, exp_score(before - finite));
   }
   for (int r = 0; r < kTileM && r0 + r < round_up(count_, kRows); ++r) {
     uint64_t keep[kBlockN / 64];
@@ -274,11 +274,11 @@ void ForwardWorker<T>::finish(const Partial& part) {
       for (int64_t c = 0; c < v_.padded(); ++c) o[c] = 0.0f;
     }
     if (p_.sinks) {
-      const float sink = p_.sinks[row.head] * kLog2e;
+      const float sink = p_.sinks[row.head];
       const float larger = max < sink ? sink : max;
       if (larger != -kInfinity) {
-        const float kept = sum == 0.0f ? 0.0f : __builtin_exp2f(max - larger);
-        sum = sum * kept + __builtin_exp2f(sink - larger);
+        const float kept = sum == 0.0f ? 0.0f : __builtin_expf(max - larger);
+        sum = sum * kept + __builtin_expf(sink - larger);
         output_scale = scale * kept / sum;
         max = larger;
       }
@@ -286,7 +286,7 @@ void ForwardWorker<T>::finish(const Partial& part) {
     store_row(o, p_.head_dim_v, output_scale,
               row_at<T>(p_.o, b_, row.head, seq_.q_row + row.query));
     float* lse = p_.lse + b_ * p_.lse_stride_b + row.head * p_.lse_stride_h;
-    lse[seq_.q_row + row.query] = sum == 0.0f ? -kInfinity : max * kLn2 + __builtin_logf(sum);
+    lse[seq_.q_row + row.query] = sum == 0.0f ? -kInfinity : max + __builtin_logf(sum);
   }
 }
 
@@ -301,8 +301,8 @@ FL_INLINE Partial combine(const ForwardPlan& plan, char* partials, int64_t chunk
     for (int64_t r = 0; r < count; ++r) {
       const float larger = first.max[r] < next.max[r] ? next.max[r] : first.max[r];
       const float finite = larger == -kInfinity ? 0.0f : larger;
-      const float keep = __builtin_exp2f(first.max[r] - finite);
-      const float take = __builtin_exp2f(next.max[r] - finite);
+      const float keep = __builtin_expf(first.max[r] - finite);
+      const float take = __builtin_expf(next.max[r] - finite);
       first.max[r] = larger;
       first.sum[r] = first.sum[r] * keep + next.sum[r] * take;
       for (int64_t c = r * ld; c < (r + 1) * ld; c += kLanes) {

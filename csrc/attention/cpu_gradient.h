@@ -17,15 +17,24 @@ class QueryChunk {
 
  public:
   // columns: whether q and do are needed as the columns of dk and dv too.
-  QueryChunk(const AttentionBackward& p, int64_t capacity, bool columns, Arena& arena)
-      : p_(p), qk_{p.forward.head_dim}, v_{p.forward.head_dim_v}, columns_(columns) {
+  // deltas: (B, Hq, Sq), or null: computed here from o.
+  QueryChunk(const AttentionBackward& p, int64_t capacity, bool columns, const float* deltas,
+             Arena& arena)
+      : p_(p),
+        qk_{p.forward.head_dim},
+        v_{p.forward.head_dim_v},
+        columns_(columns),
+        deltas_(deltas) {
     const int64_t padded = round_up(capacity, kGradientTileM);
     q = arena.take<float>(padded * qk_.row_units());
     dout = arena.take<float>(padded * v_.row_units());
     q_pairs_ = arena.take<float>(columns ? column_units(qk_, padded) : 0);
     dout_pairs_ = arena.take<float>(columns ? column_units(v_, padded) : 0);
-    lse2 = arena.take<float>(padded);
+    lse = arena.take<float>(padded);
     delta = arena.take<float>(padded);
+    dlse = arena.take<float>(padded);
+    p_sink = arena.take<float>(padded);
+    dp_scale = arena.take<float>(padded);
     rows = arena.take<QueryRow>(padded);
   }
 
@@ -34,15 +43,24 @@ class QueryChunk {
   int64_t count = 0;
   float *q, *dout;
   const float *q_columns = nullptr, *dout_columns = nullptr;
-  float *lse2, *delta;  // lse in units of log 2; do . o - dlse
+  float *lse, *delta, *dlse;
+  float* p_sink;    // exp(sink - lse)
+  float* dp_scale;  // of dropout; 0 where the row's one probability is 1 whatever its score
   QueryRow* rows;
 
  private:
   const AttentionBackward& p_;
   const Layout<Dot> qk_, v_;
   const bool columns_;
+  const float* deltas_;
   float *q_pairs_, *dout_pairs_;
 };
+
+FL_INLINE float first_lane(Vec x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  return lanes[0];
+}
 
 template <class T>
 FL_INLINE float dot_rows(const T* a, const T* b, int64_t dim) {
@@ -52,6 +70,15 @@ FL_INLINE float dot_rows(const T* a, const T* b, int64_t dim) {
   for (int64_t c = 0; c < whole; c += kLanes) sum = fma(load(a + c), load(b + c), sum);
   if (whole < dim) sum = fma(load(a + whole, tail), load(b + whole, tail), sum);
   return reduce_add(sum);
+}
+
+// Whether all keys that a row sees lie in one key block, whose tile then knows the whole row; in
+// the key block at j0.
+FL_INLINE bool is_whole(const QueryRow& row) {
+  return row.begin < row.end && row.begin / kBlockN == (row.end - 1) / kBlockN;
+}
+FL_INLINE bool is_whole_in(const QueryRow& row, int64_t j0) {
+  return row.begin < row.end && row.begin >= j0 && row.end <= j0 + kBlockN;
 }
 
 template <class T>
@@ -65,20 +92,25 @@ void QueryChunk<T>::load(int64_t b, const Sequence& seq, int64_t head, int64_t b
     q_columns = pack_columns(qk_, q, padded, q_pairs_);
     dout_columns = pack_columns(v_, dout, padded, dout_pairs_);
   }
+  const float dropout_scale = f.dropout.enabled() ? f.dropout.scale() : 1.0f;
   const int64_t lse_row = b * f.lse_stride_b + head * f.lse_stride_h + first;
-  for (int64_t r = 0; r < count; ++r) {
-    const T* o = row_at<const T>(f.o, b, head, first + r);
-    const T* dout_row = row_at<const T>(p_.dout, b, head, first + r);
-    const float lse = f.lse[lse_row + r];
+  for (int64_t r = 0; r < padded; ++r) {
     // A row that saw nothing: +inf makes all of its probabilities 0.
-    lse2[r] = lse == -kInfinity ? kInfinity : lse * kLog2e;
-    delta[r] = dot_rows(o, dout_row, f.head_dim_v) - (p_.dlse ? p_.dlse[lse_row + r] : 0.0f);
-    rows[r] = query_row(f, seq, head, begin + r);
-  }
-  for (int64_t r = count; r < padded; ++r) {
-    lse2[r] = kInfinity;
+    lse[r] = r < count && f.lse[lse_row + r] != -kInfinity ? f.lse[lse_row + r] : kInfinity;
+    dlse[r] = r < count && p_.dlse ? p_.dlse[lse_row + r] : 0.0f;
+    p_sink[r] = f.sinks ? __builtin_expf(f.sinks[head] - lse[r]) : 0.0f;
+    rows[r] = r < count ? query_row(f, seq, head, begin + r) : kNoRow;
+    const bool is_constant = rows[r].end - rows[r].begin == 1 && f.sinks == nullptr;
+    dp_scale[r] = is_constant ? 0.0f : dropout_scale;
     delta[r] = 0.0f;
-    rows[r] = kNoRow;
+    if (r >= count) continue;
+    if (deltas_) {
+      delta[r] = deltas_[(b * f.heads_q + head) * f.seqlen_q + begin + r];
+    } else if (!is_whole(rows[r])) {
+      const T* o = row_at<const T>(f.o, b, head, first + r);
+      const T* dout_row = row_at<const T>(p_.dout, b, head, first + r);
+      delta[r] = dot_rows(o, dout_row, f.head_dim_v) - dlse[r];
+    }
   }
 }
 
@@ -118,14 +150,19 @@ class KeyBlock {
 
 // What turns one row's scores into gradients.
 struct RowTerms {
-  Vec exponent_scale, minus_lse2, minus_delta, dropout_scale;
+  Vec score_scale, minus_lse, minus_delta, dp_scale;
   uint64_t keep[kBlockN / 64];
-  bool drops;
+  bool drops, is_normalized = false;  // is_normalized: s holds exp(s - lse) already
+  Vec normalizer = 1.0f;
+
+  FL_INLINE Vec probability(Vec s) const {
+    return is_normalized ? s * normalizer : exp_score(fma(s, score_scale, minus_lse));
+  }
 
   // s and dp to p after dropout (but for its scale), and ds.
   FL_INLINE void differentiate(int column, Vec s, Vec dp, Vec& kept, Vec& ds) const {
-    const Vec p = exp2_probability(fma(s, exponent_scale, minus_lse2));
-    Vec difference = fma(dp, dropout_scale, minus_delta);
+    const Vec p = probability(s);
+    Vec difference = fma(dp, dp_scale, minus_delta);
     kept = p;
     if (drops) {
       const Mask lanes = kept_lanes(keep, column);
@@ -133,6 +170,27 @@ struct RowTerms {
       kept = select(lanes, p, Vec(0.0f));
     }
     ds = p * difference;
+  }
+
+  // For a row whose keys all lie in the tile: s to exp(s - lse), and from the tile itself the
+  // normalizer, which undoes the rounding of lse, and delta, which agrees with dp to the last bit.
+  // Where one key has nearly all of the weight, ds = p (dp - delta) is small, and would show both.
+  FL_INLINE void normalize(const Columns& columns, float* s, const float* dp, float p_sink,
+                           float dlse) {
+    Vec sum = 0.0f, dot = 0.0f;
+    for (int c = columns.begin; c < columns.end; c += kLanes) {
+      const Vec p = probability(load(s + c));
+      Vec weighted = p * load(dp + c);
+      if (drops) weighted = select(kept_lanes(keep, c), weighted, Vec(0.0f));
+      sum += p;
+      dot += weighted;
+      store(s + c, p);
+    }
+    const float total = reduce_add(sum) + p_sink;
+    const Vec inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    minus_delta = fnma(Vec(reduce_add(dot)) * inverse, dp_scale, Vec(dlse));
+    normalizer = inverse;
+    is_normalized = true;
   }
 };
 
@@ -169,11 +227,15 @@ class GradientTile {
   // s to dropped p, dp to ds (through the softcap, but for softmax_scale and the scale of dropout
   // in p), as operands of the products for dv, dk and dq.
   void differentiate(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
-                     const Columns& columns, float exponent_scale);
+                     const Columns& columns, float score_scale);
 
   // dp to ds before the softcap, in float32 for every dtype.
   void score_gradient(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
-                      const Columns& columns, float exponent_scale);
+                      const Columns& columns, float score_scale);
+
+  // queries.delta += sum_j p dp of the tile's columns.
+  void add_deltas(QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0, const Columns& columns,
+                  float score_scale);
 
   // Operands beginning at column `column`: p' and ds' (depth: queries), ds (depth: keys).
   OperandA p_transposed(int column) const {
@@ -189,8 +251,8 @@ class GradientTile {
   float *s, *dp;
 
  private:
-  RowTerms terms(const QueryChunk<T>& queries, int64_t r, int64_t b, int64_t j0,
-                 const Columns& columns, float exponent_scale) const;
+  RowTerms terms(const QueryChunk<T>& queries, int64_t r0, int r, int64_t b, int64_t j0,
+                 const Columns& columns, float score_scale);
   void store_operands(int r, int c, const Vec* kept, const Vec* ds);
 
   const AttentionForward& p_;
@@ -215,24 +277,29 @@ void GradientTile<T>::products(const QueryChunk<T>& queries, int64_t r0, const K
 }
 
 template <class T>
-FL_INLINE RowTerms GradientTile<T>::terms(const QueryChunk<T>& queries, int64_t r, int64_t b,
-                                          int64_t j0, const Columns& columns,
-                                          float exponent_scale) const {
+FL_INLINE RowTerms GradientTile<T>::terms(const QueryChunk<T>& queries, int64_t r0, int r,
+                                          int64_t b, int64_t j0, const Columns& columns,
+                                          float score_scale) {
+  const int64_t at = r0 + r;
   RowTerms terms;
-  terms.exponent_scale = exponent_scale;
-  terms.minus_lse2 = -queries.lse2[r];
-  terms.minus_delta = -queries.delta[r];
+  terms.score_scale = score_scale;
+  terms.minus_lse = -queries.lse[at];
+  terms.minus_delta = -queries.delta[at];
   terms.drops = p_.dropout.enabled();
-  terms.dropout_scale = terms.drops ? p_.dropout.scale() : 1.0f;
-  if (terms.drops) dropout_row(p_, b, queries.rows[r], j0, columns, terms.keep);
+  terms.dp_scale = queries.dp_scale[at];
+  if (terms.drops) dropout_row(p_, b, queries.rows[at], j0, columns, terms.keep);
+  if (is_whole_in(queries.rows[at], j0)) {
+    terms.normalize(columns, s + r * kBlockN, dp + r * kBlockN, queries.p_sink[at],
+                    queries.dlse[at]);
+  }
   return terms;
 }
 
 template <class T>
 void GradientTile<T>::score_gradient(const QueryChunk<T>& queries, int64_t r0, int64_t b,
-                                     int64_t j0, const Columns& columns, float exponent_scale) {
+                                     int64_t j0, const Columns& columns, float score_scale) {
   for (int r = 0; r < rows_of(queries, r0); ++r) {
-    const RowTerms row = terms(queries, r0 + r, b, j0, columns, exponent_scale);
+    const RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
     for (int c = columns.begin; c < columns.end; c += kLanes) {
       const int at = r * kBlockN + c;
       Vec kept, ds;
@@ -243,12 +310,32 @@ void GradientTile<T>::score_gradient(const QueryChunk<T>& queries, int64_t r0, i
 }
 
 template <class T>
+void GradientTile<T>::add_deltas(QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
+                                 const Columns& columns, float score_scale) {
+  for (int r = 0; r < rows_of(queries, r0); ++r) {
+    const int64_t at = r0 + r;
+    const RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
+    if (is_whole_in(queries.rows[at], j0)) {
+      queries.delta[at] = -first_lane(row.minus_delta);
+      continue;
+    }
+    Vec sum = 0.0f;
+    for (int c = columns.begin; c < columns.end; c += kLanes) {
+      const Vec p = row.probability(load(s + r * kBlockN + c));
+      const Vec weighted = p * row.dp_scale * load(dp + r * kBlockN + c);
+      sum += row.drops ? select(kept_lanes(row.keep, c), weighted, Vec(0.0f)) : weighted;
+    }
+    queries.delta[at] += reduce_add(sum);
+  }
+}
+
+template <class T>
 void GradientTile<T>::differentiate(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
-                                    const Columns& columns, float exponent_scale) {
+                                    const Columns& columns, float score_scale) {
   for (int r = 0; r < rows_of(queries, r0); r += Dot::kPair) {
     RowTerms row[Dot::kPair];
     for (int k = 0; k < Dot::kPair; ++k) {
-      row[k] = terms(queries, r0 + r + k, b, j0, columns, exponent_scale);
+      row[k] = terms(queries, r0, r + k, b, j0, columns, score_scale);
     }
     for (int c = columns.begin; c < columns.end; c += kLanes) {
       Vec kept[Dot::kPair], ds[Dot::kPair];

@@ -33,11 +33,12 @@ struct MaskGradientPlan {
 template <class T>
 class MaskGradientWorker {
  public:
-  MaskGradientWorker(const AttentionBackward& p, const MaskGradientPlan& plan, Arena& arena)
+  MaskGradientWorker(const AttentionBackward& p, const MaskGradientPlan& plan, const float* deltas,
+                     Arena& arena)
       : p_(p),
         f_(p.forward),
         plan_(plan),
-        queries_(p, 4 * kGradientTileM, false, arena),
+        queries_(p, 4 * kGradientTileM, false, deltas, arena),
         keys_(f_, arena),
         tile_(f_, arena) {}
 
@@ -86,7 +87,7 @@ void MaskGradientWorker<T>::chunk(int64_t b, int64_t head, int64_t first, int64_
       const Columns columns = tile_.columns_of(queries_, r0, j0);
       if (columns.begin >= columns.end) continue;
       tile_.products(queries_, r0, keys_, j0, columns, rules);
-      tile_.score_gradient(queries_, r0, b, j0, columns, rules.exponent_scale());
+      tile_.score_gradient(queries_, r0, b, j0, columns, rules.score_scale());
       add_tile(b, r0, j0, columns);
     }
   }
@@ -123,25 +124,25 @@ void MaskGradientWorker<T>::add_tile(int64_t b, int64_t r0, int64_t j0, const Co
 }
 
 template <class T>
-void mask_gradient(const AttentionBackward& p) {
+void mask_gradient(const AttentionBackward& p, const float* deltas) {
   const MaskGradientPlan plan(p);
   Arena sizes;
-  const MaskGradientWorker<T> measured(p, plan, sizes);
+  const MaskGradientWorker<T> measured(p, plan, deltas, sizes);
   const int64_t worker_bytes = round_up(sizes.used, 4096) + 64;
   const Scratch memory(worker_bytes * num_threads());
   auto differentiate = [&](int64_t task, int worker) {
     Arena arena{memory.as<char>(worker * worker_bytes)};
-    MaskGradientWorker<T>(p, plan, arena).run(task);
+    MaskGradientWorker<T>(p, plan, deltas, arena).run(task);
   };
   parallel_tasks(plan.tasks(), differentiate);
 }
 
 }  // namespace
 
-void attention_mask_gradient(const AttentionBackward& p) {
+void attention_mask_gradient(const AttentionBackward& p, const float* deltas) {
   const AttentionForward& f = p.forward;
   if (f.seqlen_q == 0 || f.seqlen_k == 0) return;
-  with_dtype(f.dtype, [&](auto type) { mask_gradient<typename decltype(type)::type>(p); });
+  with_dtype(f.dtype, [&](auto type) { mask_gradient<typename decltype(type)::type>(p, deltas); });
 }
 
 }  // namespace fl::FL_ISA

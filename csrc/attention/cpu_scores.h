@@ -8,15 +8,16 @@
 
 namespace fl::FL_ISA {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 constexpr int kBlockN = 128;  // keys per block; a multiple of kPanel and of the 64 of Philox
 
-// 2^x for exponents of probabilities: to 2^-23, -inf to 0, NaN stays NaN. A degree below exp2.
-FL_INLINE Vec exp2_probability(Vec x) {
-  const Vec clamped = max(Vec(-300.0f), x);
-  const Vec n = round(clamped);
-  const Vec f = clamped - n;
+// e^x of a score below its row's maximum or lse: relative error 2^-22 above e^-10, -inf to 0, NaN
+// stays NaN. Cheaper than exp: one step of range reduction, a polynomial of one degree less.
+FL_INLINE Vec exp_score(Vec x) {
+  const Vec clamped = max(Vec(-200.0f), x);
+  const Vec n = round(clamped * Vec(kLog2e));
+  const Vec f = fma(clamped, Vec(kLog2e), -n);
   Vec p = 1.326472615e-03f;
   p = fma(p, f, 9.671512991e-03f);
   p = fma(p, f, 5.550733581e-02f);
@@ -99,8 +100,8 @@ class ScoreRules {
         plain_(p.softcap == 0.0f && p.alibi_slopes == nullptr && p.mask.kind == MaskKind::kNone &&
                p.softmax_scale > 0.0f) {}
 
-  // What values are multiplied by, after apply(), to be exponents of 2.
-  FL_INLINE float exponent_scale() const { return plain_ ? p_.softmax_scale * kLog2e : kLog2e; }
+  // What values are multiplied by, after apply(), to be scores.
+  FL_INLINE float score_scale() const { return plain_ ? p_.softmax_scale : 1.0f; }
 
   // Before apply() on rows of one head (or of several, where head is -1) in the key block at j0.
   void begin_block(int64_t head, int64_t j0);
@@ -184,11 +185,11 @@ inline void ScoreRules::adjust_row(const QueryRow& row, int64_t j0, const Column
   for (int t = 0; t < kLanes; ++t) iota[t] = static_cast<float>(t);
   const Vec lanes = load(iota);
   const bool capped = p_.softcap > 0.0f;
-  const Vec cap = p_.softcap, inverse_cap = capped ? 1.0f / p_.softcap : 0.0f;
+  const Vec cap = p_.softcap;
   for (int c = columns.begin; c < columns.end; c += kLanes) {
     Vec t = load(s + c) * Vec(p_.softmax_scale);
     if (capped) {
-      const Vec bounded = tanh(t * inverse_cap);
+      const Vec bounded = tanh(t / cap);
       t = cap * bounded;
       if (softcap_slope) store(softcap_slope + c, fnma(bounded, bounded, Vec(1.0f)));
     }
