@@ -32,14 +32,14 @@ class BackwardWorker {
   using Dot = typename DotFor<T>::type;
 
  public:
-  BackwardWorker(const AttentionBackward& p, const BackwardPlan& plan, const float* deltas,
+  BackwardWorker(const AttentionBackward& p, const BackwardPlan& plan, const RowSums& sums,
                  Arena& arena)
       : p_(p),
         f_(p.forward),
         plan_(plan),
         qk_{f_.head_dim},
         v_{f_.head_dim_v},
-        queries_(p, f_.seqlen_q, true, deltas, arena),
+        queries_(p, f_.seqlen_q, true, sums, arena),
         keys_(f_, arena),
         tile_(f_, arena) {
     // With one query head per key head a block's dk and dv are finished at once.
@@ -156,9 +156,11 @@ void BackwardWorker<T>::store_queries(int64_t head, float* dq_parts) {
 // dsink = sum_i p_sink[i] (dlse[i] - do[i] . o[i]),  p_sink = exp(sink - lse)
 template <class T>
 float BackwardWorker<T>::sink_gradient() const {
-  float sum = 0.0f;
-  for (int64_t r = 0; r < queries_.count; ++r) sum -= queries_.p_sink[r] * queries_.delta[r];
-  return sum;
+  double sum = 0.0;
+  for (int64_t r = 0; r < queries_.count; ++r) {
+    sum -= static_cast<double>(queries_.p_sink[r]) * queries_.delta[r];
+  }
+  return static_cast<float>(sum);
 }
 
 // dq of query row `row` = the sum of its parts; task is (b, head).
@@ -178,11 +180,11 @@ void add_parts(const AttentionBackward& p, const BackwardPlan& plan, float* part
 }
 
 template <class T>
-void backward(const AttentionBackward& p, const float* deltas) {
+void backward(const AttentionBackward& p, const RowSums& sums) {
   const AttentionForward& f = p.forward;
   const BackwardPlan plan(f);
   Arena sizes;
-  const BackwardWorker<T> measured(p, plan, deltas, sizes);
+  const BackwardWorker<T> measured(p, plan, sums, sizes);
   const int64_t worker_bytes = round_up(sizes.used, 4096) + 64;
   const Scratch memory(worker_bytes * num_threads());
   const int64_t dq_size = f.batch * f.heads_q * f.seqlen_q * f.head_dim;
@@ -190,7 +192,7 @@ void backward(const AttentionBackward& p, const float* deltas) {
   const Scratch sink_parts(f.batch * f.heads_q * 4);
   auto differentiate = [&](int64_t task, int worker) {
     Arena arena{memory.as<char>(worker * worker_bytes)};
-    BackwardWorker<T>(p, plan, deltas, arena).run(task, parts.as<float>(), sink_parts.as<float>());
+    BackwardWorker<T>(p, plan, sums, arena).run(task, parts.as<float>(), sink_parts.as<float>());
   };
   parallel_tasks(plan.tasks, differentiate);
   if (plan.splits > 1) {
@@ -210,11 +212,15 @@ void attention_backward(const AttentionBackward& p) {
   if (f.batch == 0 || f.heads_q == 0) return;
   // Sums of whole rows or columns of ds would show the rounding of o.
   const bool exact = p.dmask || p.dsinks;
-  const Scratch memory(exact ? f.batch * f.heads_q * f.seqlen_q * 4 : 0);
-  float* deltas = exact ? memory.as<float>() : nullptr;
-  if (exact) attention_deltas(p, deltas);
-  with_dtype(f.dtype, [&](auto type) { backward<typename decltype(type)::type>(p, deltas); });
-  if (p.dmask) attention_mask_gradient(p, deltas);
+  const int64_t rows = f.batch * f.heads_q * f.seqlen_q;
+  const Scratch memory(exact ? 2 * rows * 4 : 0);
+  RowSums sums;
+  if (exact) {
+    sums = {memory.as<float>(), memory.as<float>() + rows};
+    attention_row_sums(p, sums);
+  }
+  with_dtype(f.dtype, [&](auto type) { backward<typename decltype(type)::type>(p, sums); });
+  if (p.dmask) attention_mask_gradient(p, sums);
 }
 
 }  // namespace fl::FL_ISA

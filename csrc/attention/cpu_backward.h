@@ -5,11 +5,13 @@
 
 namespace fl::FL_ISA {
 
-// deltas[b, h, i] = sum_j p[i,j] dp[i,j] - dlse[i]: what do . o - dlse is but for the rounding of
-// o.
-void attention_deltas(const AttentionBackward& p, float* deltas);
+struct RowSums;
+
+// normalizer = 1 / (sum_j exp(s - lse) + exp(sink - lse)): 1 but for the rounding of lse.
+// delta = normalizer sum_j exp(s - lse) dp - dlse: do . o - dlse but for the rounding of o.
+void attention_row_sums(const AttentionBackward& p, const RowSums& out);
 
 // p.dmask: recomputes the score gradients and adds them up over the mask's broadcast dimensions.
-void attention_mask_gradient(const AttentionBackward& p, const float* deltas);
+void attention_mask_gradient(const AttentionBackward& p, const RowSums& sums);
 
 }  // namespace fl::FL_ISA

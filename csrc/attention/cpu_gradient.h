@@ -10,6 +10,11 @@ namespace fl::FL_ISA {
 
 constexpr int kGradientTileM = 64;  // queries per tile of the backward
 
+// What attention_row_sums() finds of every query row, (B, Hq, Sq) each.
+struct RowSums {
+  float *delta = nullptr, *normalizer = nullptr;
+};
+
 // The queries [begin, end) of one head, packed.
 template <class T>
 class QueryChunk {
@@ -17,14 +22,10 @@ class QueryChunk {
 
  public:
   // columns: whether q and do are needed as the columns of dk and dv too.
-  // deltas: (B, Hq, Sq), or null: computed here from o.
-  QueryChunk(const AttentionBackward& p, int64_t capacity, bool columns, const float* deltas,
+  // sums: of every row, or null arrays: delta is then computed here from o.
+  QueryChunk(const AttentionBackward& p, int64_t capacity, bool columns, const RowSums& sums,
              Arena& arena)
-      : p_(p),
-        qk_{p.forward.head_dim},
-        v_{p.forward.head_dim_v},
-        columns_(columns),
-        deltas_(deltas) {
+      : p_(p), qk_{p.forward.head_dim}, v_{p.forward.head_dim_v}, columns_(columns), sums_(sums) {
     const int64_t padded = round_up(capacity, kGradientTileM);
     q = arena.take<float>(padded * qk_.row_units());
     dout = arena.take<float>(padded * v_.row_units());
@@ -34,33 +35,30 @@ class QueryChunk {
     delta = arena.take<float>(padded);
     dlse = arena.take<float>(padded);
     p_sink = arena.take<float>(padded);
+    normalizer = arena.take<float>(padded);
     dp_scale = arena.take<float>(padded);
     rows = arena.take<QueryRow>(padded);
   }
 
   void load(int64_t b, const Sequence& seq, int64_t head, int64_t begin, int64_t end);
+  bool has_sums() const { return sums_.delta != nullptr; }
 
   int64_t count = 0;
   float *q, *dout;
   const float *q_columns = nullptr, *dout_columns = nullptr;
   float *lse, *delta, *dlse;
-  float* p_sink;    // exp(sink - lse)
-  float* dp_scale;  // of dropout; 0 where the row's one probability is 1 whatever its score
+  float* p_sink;      // of the sink
+  float* normalizer;  // of exp(s - lse): 1, or what undoes the rounding of lse
+  float* dp_scale;    // of dropout; 0 where the row's one probability is 1 whatever its score
   QueryRow* rows;
 
  private:
   const AttentionBackward& p_;
   const Layout<Dot> qk_, v_;
   const bool columns_;
-  const float* deltas_;
+  const RowSums sums_;
   float *q_pairs_, *dout_pairs_;
 };
-
-FL_INLINE float first_lane(Vec x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  return lanes[0];
-}
 
 template <class T>
 FL_INLINE float dot_rows(const T* a, const T* b, int64_t dim) {
@@ -103,9 +101,13 @@ void QueryChunk<T>::load(int64_t b, const Sequence& seq, int64_t head, int64_t b
     const bool is_constant = rows[r].end - rows[r].begin == 1 && f.sinks == nullptr;
     dp_scale[r] = is_constant ? 0.0f : dropout_scale;
     delta[r] = 0.0f;
+    normalizer[r] = 1.0f;
     if (r >= count) continue;
-    if (deltas_) {
-      delta[r] = deltas_[(b * f.heads_q + head) * f.seqlen_q + begin + r];
+    if (sums_.delta) {
+      const int64_t at = (b * f.heads_q + head) * f.seqlen_q + begin + r;
+      delta[r] = sums_.delta[at];
+      normalizer[r] = sums_.normalizer[at];
+      p_sink[r] *= normalizer[r];
     } else if (!is_whole(rows[r])) {
       const T* o = row_at<const T>(f.o, b, head, first + r);
       const T* dout_row = row_at<const T>(p_.dout, b, head, first + r);
@@ -152,16 +154,16 @@ class KeyBlock {
 struct RowTerms {
   Vec score_scale, minus_lse, minus_delta, dp_scale;
   uint64_t keep[kBlockN / 64];
-  bool drops, is_normalized = false;  // is_normalized: s holds exp(s - lse) already
-  Vec normalizer = 1.0f;
+  bool drops, is_exponential = false;  // is_exponential: s holds exp(s - lse) already
+  Vec normalizer;
 
-  FL_INLINE Vec probability(Vec s) const {
-    return is_normalized ? s * normalizer : exp_score(fma(s, score_scale, minus_lse));
+  FL_INLINE Vec exponential(Vec s) const {
+    return is_exponential ? s : exp_score(fma(s, score_scale, minus_lse));
   }
 
   // s and dp to p after dropout (but for its scale), and ds.
   FL_INLINE void differentiate(int column, Vec s, Vec dp, Vec& kept, Vec& ds) const {
-    const Vec p = probability(s);
+    const Vec p = exponential(s) * normalizer;
     Vec difference = fma(dp, dp_scale, minus_delta);
     kept = p;
     if (drops) {
@@ -172,25 +174,27 @@ struct RowTerms {
     ds = p * difference;
   }
 
-  // For a row whose keys all lie in the tile: s to exp(s - lse), and from the tile itself the
-  // normalizer, which undoes the rounding of lse, and delta, which agrees with dp to the last bit.
-  // Where one key has nearly all of the weight, ds = p (dp - delta) is small, and would show both.
-  FL_INLINE void normalize(const Columns& columns, float* s, const float* dp, float p_sink,
-                           float dlse) {
-    Vec sum = 0.0f, dot = 0.0f;
+  // s to exp(s - lse); adds up sum_j exp(s - lse) and sum_j dropout(exp(s - lse) dp).
+  FL_INLINE void exponentiate(const Columns& columns, float* s, const float* dp, float& sum,
+                              float& dot) {
+    Vec sums = 0.0f, dots = 0.0f;
     for (int c = columns.begin; c < columns.end; c += kLanes) {
-      const Vec p = probability(load(s + c));
-      Vec weighted = p * load(dp + c);
-      if (drops) weighted = select(kept_lanes(keep, c), weighted, Vec(0.0f));
-      sum += p;
-      dot += weighted;
+      const Vec p = exponential(load(s + c));
+      const Vec product = p * load(dp + c) * dp_scale;
+      dots += drops ? select(kept_lanes(keep, c), product, Vec(0.0f)) : product;
+      sums += p;
       store(s + c, p);
     }
-    const float total = reduce_add(sum) + p_sink;
-    const Vec inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    minus_delta = fnma(Vec(reduce_add(dot)) * inverse, dp_scale, Vec(dlse));
+    is_exponential = true;
+    sum += reduce_add(sums);
+    dot += reduce_add(dots);
+  }
+
+  // The row's sums over all keys.
+  FL_INLINE void normalize(float sum, float dot, float dlse) {
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     normalizer = inverse;
-    is_normalized = true;
+    minus_delta = dlse - dot * inverse;
   }
 };
 
@@ -233,9 +237,9 @@ class GradientTile {
   void score_gradient(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
                       const Columns& columns, float score_scale);
 
-  // queries.delta += sum_j p dp of the tile's columns.
-  void add_deltas(QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0, const Columns& columns,
-                  float score_scale);
+  // Adds the tile's part of each row's sum_j exp(s - lse) and sum_j exp(s - lse) dp.
+  void add_sums(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
+                const Columns& columns, float score_scale, float* sums, float* dots);
 
   // Operands beginning at column `column`: p' and ds' (depth: queries), ds (depth: keys).
   OperandA p_transposed(int column) const {
@@ -252,7 +256,9 @@ class GradientTile {
 
  private:
   RowTerms terms(const QueryChunk<T>& queries, int64_t r0, int r, int64_t b, int64_t j0,
-                 const Columns& columns, float score_scale);
+                 const Columns& columns, float score_scale) const;
+  RowTerms normalized_terms(const QueryChunk<T>& queries, int64_t r0, int r, int64_t b, int64_t j0,
+                            const Columns& columns, float score_scale);
   void store_operands(int r, int c, const Vec* kept, const Vec* ds);
 
   const AttentionForward& p_;
@@ -267,39 +273,49 @@ void GradientTile<T>::products(const QueryChunk<T>& queries, int64_t r0, const K
   OperandB k = qk_.as_transposed(keys.k_panels), v = v_.as_transposed(keys.v_panels);
   k.data += columns.begin / kPanel * k.panel;
   v.data += columns.begin / kPanel * v.panel;
-  product<Dot, Update::kSet>(count, vecs, qk_.depth_units(),
-                             qk_.as_a(queries.q + r0 * qk_.row_units()), k, s + columns.begin,
-                             kBlockN);
+  product_of_depth<Dot>(count, vecs, qk_.depth_units(), qk_.as_a(queries.q + r0 * qk_.row_units()),
+                        k, s + columns.begin, kBlockN);
   rules.apply(queries.rows + r0, count, j0, columns, s, slope_);
-  product<Dot, Update::kSet>(count, vecs, v_.depth_units(),
-                             v_.as_a(queries.dout + r0 * v_.row_units()), v, dp + columns.begin,
-                             kBlockN);
+  product_of_depth<Dot>(count, vecs, v_.depth_units(), v_.as_a(queries.dout + r0 * v_.row_units()),
+                        v, dp + columns.begin, kBlockN);
 }
 
 template <class T>
 FL_INLINE RowTerms GradientTile<T>::terms(const QueryChunk<T>& queries, int64_t r0, int r,
                                           int64_t b, int64_t j0, const Columns& columns,
-                                          float score_scale) {
+                                          float score_scale) const {
   const int64_t at = r0 + r;
   RowTerms terms;
   terms.score_scale = score_scale;
   terms.minus_lse = -queries.lse[at];
   terms.minus_delta = -queries.delta[at];
+  terms.normalizer = queries.normalizer[at];
   terms.drops = p_.dropout.enabled();
   terms.dp_scale = queries.dp_scale[at];
   if (terms.drops) dropout_row(p_, b, queries.rows[at], j0, columns, terms.keep);
-  if (is_whole_in(queries.rows[at], j0)) {
-    terms.normalize(columns, s + r * kBlockN, dp + r * kBlockN, queries.p_sink[at],
-                    queries.dlse[at]);
-  }
   return terms;
+}
+
+// A row that lies in the tile as a whole gets its normalizer and its delta from there. They undo
+// the rounding of lse and agree with dp to the last bit: where one key has nearly all of the
+// weight, ds = p (dp - delta) is small and would show both.
+template <class T>
+FL_INLINE RowTerms GradientTile<T>::normalized_terms(const QueryChunk<T>& queries, int64_t r0,
+                                                     int r, int64_t b, int64_t j0,
+                                                     const Columns& columns, float score_scale) {
+  RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
+  if (queries.has_sums() || !is_whole_in(queries.rows[r0 + r], j0)) return row;
+  float sum = queries.p_sink[r0 + r], dot = 0.0f;
+  row.exponentiate(columns, s + r * kBlockN, dp + r * kBlockN, sum, dot);
+  row.normalize(sum, dot, queries.dlse[r0 + r]);
+  return row;
 }
 
 template <class T>
 void GradientTile<T>::score_gradient(const QueryChunk<T>& queries, int64_t r0, int64_t b,
                                      int64_t j0, const Columns& columns, float score_scale) {
   for (int r = 0; r < rows_of(queries, r0); ++r) {
-    const RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
+    const RowTerms row = normalized_terms(queries, r0, r, b, j0, columns, score_scale);
     for (int c = columns.begin; c < columns.end; c += kLanes) {
       const int at = r * kBlockN + c;
       Vec kept, ds;
@@ -310,22 +326,12 @@ void GradientTile<T>::score_gradient(const QueryChunk<T>& queries, int64_t r0, i
 }
 
 template <class T>
-void GradientTile<T>::add_deltas(QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
-                                 const Columns& columns, float score_scale) {
+void GradientTile<T>::add_sums(const QueryChunk<T>& queries, int64_t r0, int64_t b, int64_t j0,
+                               const Columns& columns, float score_scale, float* sums,
+                               float* dots) {
   for (int r = 0; r < rows_of(queries, r0); ++r) {
-    const int64_t at = r0 + r;
-    const RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
-    if (is_whole_in(queries.rows[at], j0)) {
-      queries.delta[at] = -first_lane(row.minus_delta);
-      continue;
-    }
-    Vec sum = 0.0f;
-    for (int c = columns.begin; c < columns.end; c += kLanes) {
-      const Vec p = row.probability(load(s + r * kBlockN + c));
-      const Vec weighted = p * row.dp_scale * load(dp + r * kBlockN + c);
-      sum += row.drops ? select(kept_lanes(row.keep, c), weighted, Vec(0.0f)) : weighted;
-    }
-    queries.delta[at] += reduce_add(sum);
+    RowTerms row = terms(queries, r0, r, b, j0, columns, score_scale);
+    row.exponentiate(columns, s + r * kBlockN, dp + r * kBlockN, sums[r], dots[r]);
   }
 }
 
@@ -335,7 +341,7 @@ void GradientTile<T>::differentiate(const QueryChunk<T>& queries, int64_t r0, in
   for (int r = 0; r < rows_of(queries, r0); r += Dot::kPair) {
     RowTerms row[Dot::kPair];
     for (int k = 0; k < Dot::kPair; ++k) {
-      row[k] = terms(queries, r0, r + k, b, j0, columns, score_scale);
+      row[k] = normalized_terms(queries, r0, r + k, b, j0, columns, score_scale);
     }
     for (int c = columns.begin; c < columns.end; c += kLanes) {
       Vec kept[Dot::kPair], ds[Dot::kPair];

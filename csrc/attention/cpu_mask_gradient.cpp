@@ -33,12 +33,12 @@ struct MaskGradientPlan {
 template <class T>
 class MaskGradientWorker {
  public:
-  MaskGradientWorker(const AttentionBackward& p, const MaskGradientPlan& plan, const float* deltas,
+  MaskGradientWorker(const AttentionBackward& p, const MaskGradientPlan& plan, const RowSums& sums,
                      Arena& arena)
       : p_(p),
         f_(p.forward),
         plan_(plan),
-        queries_(p, 4 * kGradientTileM, false, deltas, arena),
+        queries_(p, 4 * kGradientTileM, false, sums, arena),
         keys_(f_, arena),
         tile_(f_, arena) {}
 
@@ -124,25 +124,25 @@ void MaskGradientWorker<T>::add_tile(int64_t b, int64_t r0, int64_t j0, const Co
 }
 
 template <class T>
-void mask_gradient(const AttentionBackward& p, const float* deltas) {
+void mask_gradient(const AttentionBackward& p, const RowSums& sums) {
   const MaskGradientPlan plan(p);
   Arena sizes;
-  const MaskGradientWorker<T> measured(p, plan, deltas, sizes);
+  const MaskGradientWorker<T> measured(p, plan, sums, sizes);
   const int64_t worker_bytes = round_up(sizes.used, 4096) + 64;
   const Scratch memory(worker_bytes * num_threads());
   auto differentiate = [&](int64_t task, int worker) {
     Arena arena{memory.as<char>(worker * worker_bytes)};
-    MaskGradientWorker<T>(p, plan, deltas, arena).run(task);
+    MaskGradientWorker<T>(p, plan, sums, arena).run(task);
   };
   parallel_tasks(plan.tasks(), differentiate);
 }
 
 }  // namespace
 
-void attention_mask_gradient(const AttentionBackward& p, const float* deltas) {
+void attention_mask_gradient(const AttentionBackward& p, const RowSums& sums) {
   const AttentionForward& f = p.forward;
   if (f.seqlen_q == 0 || f.seqlen_k == 0) return;
-  with_dtype(f.dtype, [&](auto type) { mask_gradient<typename decltype(type)::type>(p, deltas); });
+  with_dtype(f.dtype, [&](auto type) { mask_gradient<typename decltype(type)::type>(p, sums); });
 }
 
 }  // namespace fl::FL_ISA
