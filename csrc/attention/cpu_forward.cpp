@@ -210,7 +210,7 @@ FL_INLINE float weigh_row(const float* s, const Columns& columns, float scale, f
     Vec p[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      p[v] = exp_score(fma(load(s + c + v * kLanes), Vec(scale), Vec(-max)));
+      p[v] = exp(fma(load(s + c + v * kLanes), Vec(scale), Vec(-max)));
       sum += p[v];
       if (keep) p[v] = select(kept_lanes(keep, c + v * kLanes), p[v], Vec(0.0f));
     }
@@ -248,7 +248,7 @@ void ForwardWorker<T>::exponentiate(int64_t r0, int64_t j0, const Columns& colum
     const Vec finite = select(now == Vec(-kInfinity), Vec(0.0f), now);
     store(max_ + r0 + r, now);
     store(shift + r, finite);
-    store(decay + r, exp_score(before - finite));
+    store(decay + r, exp(before - finite));
   }
   for (int r = 0; r < kTileM && r0 + r < round_up(count_, kRows); ++r) {
     uint64_t keep[kBlockN / 64];

@@ -158,7 +158,7 @@ struct RowTerms {
   Vec normalizer;
 
   FL_INLINE Vec exponential(Vec s) const {
-    return is_exponential ? s : exp_score(fma(s, score_scale, minus_lse));
+    return is_exponential ? s : exp(fma(s, score_scale, minus_lse));
   }
 
   // s and dp to p after dropout (but for its scale), and ds.

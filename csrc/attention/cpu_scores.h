@@ -8,23 +8,8 @@
 
 namespace fl::FL_ISA {
 
-constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 constexpr int kBlockN = 128;  // keys per block; a multiple of kPanel and of the 64 of Philox
-
-// e^x of a score below its row's maximum or lse: relative error 2^-22 above e^-10, -inf to 0, NaN
-// stays NaN. Cheaper than exp: one step of range reduction, a polynomial of one degree less.
-FL_INLINE Vec exp_score(Vec x) {
-  const Vec clamped = max(Vec(-200.0f), x);
-  const Vec n = round(clamped * Vec(kLog2e));
-  const Vec f = fma(clamped, Vec(kLog2e), -n);
-  Vec p = 1.326472615e-03f;
-  p = fma(p, f, 9.671512991e-03f);
-  p = fma(p, f, 5.550733581e-02f);
-  p = fma(p, f, 2.402224243e-01f);
-  p = fma(p, f, 6.931470037e-01f);
-  return scale_by_power_of_2(fma(p, f, 1.0f), n);
-}
 
 // The rows of sequence b, and where its diagonal lies.
 struct Sequence {
