@@ -339,6 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Tensor gr
   }
   FL_CHECK(!mask_gradient || (in.attn_mask && in.attn_mask->scalar_type() != ScalarType::Bool),
            "attention: only an additive attn_mask has a gradient");
+  FL_CHECK(!sinks_gradient || in.sinks, "attention: no sinks to give a gradient");
   const Tensor dmask = zeros_or_none(query, mask_gradient ? in.attn_mask : std::nullopt);
   const Tensor dsinks = zeros_or_none(query, sinks_gradient ? in.sinks : std::nullopt);
 
@@ -357,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Tensor gr
     p.dmask_stride_q = strides.stride_q;
     p.dmask_stride_k = strides.stride_k;
   }
-  if (sinks_gradient && in.sinks) p.dsinks = data<float>(dsinks);
+  if (sinks_gradient) p.dsinks = data<float>(dsinks);
   if (out.numel() > 0) {
     FL_CALL_CPU_KERNEL(attention_backward, p);
   } else {

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(fastlayers, m) {
       "float eps, float max_grad_norm, bool decoupled_weight_decay, bool maximize) -> ()");
   // The 2-norm of all gradients together, divided by grad_scale: float32, 0-dimensional.
   m.def("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor");
+
   // (B, H, S, D), or with cu_seqlens (T, H, D). Windows of -1 are unlimited; max_seqlen is read
   // with cu_seqlens only; cache_seqlens makes it decoding. lse is float32, (B, Hq, Sq) or (Hq, Tq).
   m.def(

@@ -38,8 +38,8 @@ def attention(
     query:  (..., Hq, Sq, D), key: (..., Hk, Sk, D), value: (..., Hk, Sk, Dv), float32, float16 or bfloat16 (float64
             through the reference backend); any strides, copied only where the last dimension is not dense. Leading
             dimensions of size 1 broadcast. Query head h reads key head h // (Hq / Hk); Hk < Hq needs enable_gqa=True
-    attn_mask: bool (True attends) or floating (added to the scores), broadcastable to (..., Hq, Sq, Sk); combines
-            with is_causal and window
+    attn_mask: bool (True attends) or floating (added to the scores; -inf hides), broadcastable to (..., Hq, Sq, Sk);
+            combines with is_causal and window
     dropout_p: probability, in steps of 1/65536, of dropping an entry of the softmax
     scale:  1 / sqrt(D) by default
     window: (left, right): query i sees keys i - left ... i + right (shifted like the causal diagonal); None on a side

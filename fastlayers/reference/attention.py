@@ -87,10 +87,12 @@ def _attend(
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(statistics)[..., None, None] * distance.abs()
     hidden = _hidden(distance, is_causal, window_left, window_right)
-    for lengths, size, shape in ((lengths_q, seqlen_q, (-1, 1)), (lengths_k, seqlen_k, (1, -1))):
-        if lengths is not None:
-            unused = torch.arange(size, device=query.device).view(shape) >= lengths.view(-1, 1, 1, 1)
-            hidden = hidden | unused
+    if lengths_q is not None:
+        hidden = hidden | _behind(lengths_q, seqlen_q)
+    if lengths_k is not None:
+        behind = _behind(lengths_k, seqlen_k)
+        hidden = hidden | behind.mT
+        value = value.masked_fill(behind, 0.0)  # whatever the cache holds there, NaN included, is not used
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         hidden = hidden | ~attn_mask
     elif attn_mask is not None:
@@ -125,10 +127,16 @@ def _hidden(distance, is_causal, window_left, window_right):
     return hidden
 
 
+def _behind(lengths, seqlen):
+    """Which rows lie behind the end of their sequence, (B, 1, seqlen, 1)."""
+    return (torch.arange(seqlen, device=lengths.device) >= lengths.unsqueeze(1))[:, None, :, None]
+
+
 def _softmax(scores, sinks):
     """Probabilities over the last dimension, and lse; 0 and -inf (or the sink) for a row of -inf alone."""
     sink = None if sinks is None else sinks.to(scores.dtype).view(1, -1, 1, 1)
-    floor = scores.new_full((*scores.shape[:-1], 1), float("-inf")) if sink is None else sink.expand_as(scores[..., :1])
+    rows = (*scores.shape[:-1], 1)
+    floor = scores.new_full(rows, float("-inf")) if sink is None else sink.expand(rows)
     top = torch.cat([scores, floor], -1).detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = torch.exp(scores - top)

@@ -1,0 +1,237 @@
+"""varlen_attention and decode_attention: against the reference, and against attention on each sequence by itself."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastlayers import ops
+from tests.attention_cases import DTYPES, check, randn, run
+from tests.backends import BACKENDS
+
+on_varlen = pytest.mark.parametrize("backend", BACKENDS["varlen_attention"])
+on_decode = pytest.mark.parametrize("backend", BACKENDS["decode_attention"])
+on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.02])
+DROPOUT = {"dropout_p": 0.3, "dropout_rng": torch.tensor([2**40 + 1, 9])}
+
+
+def starts(lengths):
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def packed(dtype, lengths_q, lengths_k, heads_k=4, head_dim=32, head_dim_v=32, rest=0):
+    """The tensors of a call; `rest` more rows lie behind the last sequence."""
+    total_q, total_k = sum(lengths_q) + rest, sum(lengths_k) + rest
+    return {
+        "query": randn(total_q, 4, head_dim, dtype=dtype, seed=1),
+        "key": randn(total_k, heads_k, head_dim, dtype=dtype, seed=2),
+        "value": randn(total_k, heads_k, head_dim_v, dtype=dtype, seed=3),
+        "cu_seqlens_q": starts(lengths_q),
+        "cu_seqlens_k": starts(lengths_k),
+    }
+
+
+def longest(lengths_q, lengths_k):
+    return {"max_seqlen_q": max(lengths_q, default=0), "max_seqlen_k": max(lengths_k, default=0)}
+
+
+SAME = ((7, 1, 0, 65, 33), (7, 1, 0, 65, 33))
+OTHER = ((7, 40, 0, 20, 1), (130, 5, 9, 0, 33))
+
+VARLEN = {
+    "plain": (SAME, {}, {}),
+    "causal": (SAME, {}, {"is_causal": True}),
+    "other": (OTHER, {}, {}),
+    "other-causal": (OTHER, {}, {"is_causal": True}),
+    "bottom-right": (OTHER, {}, {"is_causal": True, "causal_alignment": "bottom_right"}),
+    "window": (SAME, {}, {"window": (5, 2)}),
+    "window-bottom-right": (OTHER, {}, {"window": (5, 2), "causal_alignment": "bottom_right"}),
+    "softcap": (OTHER, {}, {"softcap": 2.0, "scale": 0.3}),
+    "alibi": (OTHER, {"alibi_slopes": SLOPES}, {"causal_alignment": "bottom_right"}),
+    "alibi-per-sequence": (SAME, {"alibi_slopes": SLOPES * torch.arange(1, 6).view(5, 1)}, {}),
+    "sinks": (OTHER, {"sinks": randn(4, seed=7)}, {"is_causal": True}),
+    "dropout": (OTHER, {}, DROPOUT),
+    "everything": (
+        OTHER,
+        {"alibi_slopes": SLOPES, "sinks": randn(4, seed=7)},
+        {**DROPOUT, "is_causal": True, "window": (40, 0), "softcap": 5.0, "causal_alignment": "bottom_right"},
+    ),
+    "one": (((33,), (65,)), {}, {"is_causal": True}),
+    "none": (((), ()), {}, {}),
+}
+
+
+@on_varlen
+@on_dtypes
+@pytest.mark.parametrize("name", VARLEN)
+def test_varlen_options(name, dtype, backend):
+    lengths, extra, options = VARLEN[name]
+    for heads_k, rest in ((4, 0), (2, 3)):
+        tensors = {**packed(dtype, *lengths, heads_k=heads_k, head_dim_v=24, rest=rest), **extra}
+        shape = {**longest(*lengths), "enable_gqa": True}
+        ours = check(ops.varlen_attention, tensors, backend, f"{name} {heads_k} {rest}", **shape, **options)
+        if rest:
+            assert all((ours[result][-rest:] == 0).all() for result in ("out", "dquery", "dkey", "dvalue"))
+            assert (ours["lse"][:, -rest:] == float("-inf")).all()
+
+
+@on_varlen
+def test_varlen_is_attention_on_each_sequence(backend):
+    tensors = packed(torch.float32, *OTHER)
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "return_lse": True, "backend": backend}
+    out, lse = ops.varlen_attention(**tensors, **longest(*OTHER), **options)
+    rows_q, rows_k = tensors["cu_seqlens_q"].tolist(), tensors["cu_seqlens_k"].tolist()
+    for b in range(len(rows_q) - 1):
+        part_q, part_k = slice(rows_q[b], rows_q[b + 1]), slice(rows_k[b], rows_k[b + 1])
+        parts = (tensors["query"][part_q], tensors["key"][part_k], tensors["value"][part_k])
+        wanted, wanted_lse = ops.attention(*(part.transpose(0, 1) for part in parts), **options)
+        torch.testing.assert_close(out[part_q], wanted.transpose(0, 1))
+        torch.testing.assert_close(lse[:, part_q], wanted_lse)
+
+
+@on_varlen
+def test_varlen_on_slices_of_one_packed_projection(backend):
+    """(T, 3, H, D), as a fused qkv projection leaves it, and head-major memory."""
+    lengths = (33, 2, 50)
+    fused = randn(sum(lengths), 3, 4, 32)
+    layouts = {
+        "slices": fused.unbind(1),
+        "head-major": [t.transpose(0, 1).contiguous().transpose(0, 1) for t in fused.unbind(1)],
+    }
+    for name, (query, key, value) in layouts.items():
+        tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": starts(lengths)}
+        tensors["cu_seqlens_k"] = tensors["cu_seqlens_q"]
+        check(ops.varlen_attention, tensors, backend, name, **longest(lengths, lengths), is_causal=True)
+
+
+@on_varlen
+def test_varlen_max_seqlen_may_be_generous(backend):
+    tensors = packed(torch.float32, *SAME)
+    exact = run(ops.varlen_attention, tensors, {**longest(*SAME), **DROPOUT, "backend": backend})
+    generous = run(
+        ops.varlen_attention, tensors, {"max_seqlen_q": 300, "max_seqlen_k": 1000, **DROPOUT, "backend": backend}
+    )
+    assert all(torch.equal(exact[name], generous[name]) for name in exact)
+
+
+@on_varlen
+def test_varlen_deterministic_is_bitwise_reproducible(backend):
+    tensors = packed(torch.bfloat16, *OTHER, heads_k=2)
+    options = {**longest(*OTHER), **DROPOUT, "enable_gqa": True, "deterministic": True, "backend": backend}
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            runs.append(run(ops.varlen_attention, tensors, options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(runs[0][name], other[name]) for other in runs for name in other)
+
+
+# Decoding.
+
+
+def cached(dtype, lengths, seqlen_q=1, capacity=300, heads_q=4, heads_k=2, head_dim=32, head_dim_v=32):
+    """The tensors of a call; behind the filled part the cache holds NaN, which must not be read."""
+    tensors = {
+        "query": randn(len(lengths), heads_q, seqlen_q, head_dim, dtype=dtype, seed=1),
+        "key_cache": randn(len(lengths), heads_k, capacity, head_dim, dtype=dtype, seed=2),
+        "value_cache": randn(len(lengths), heads_k, capacity, head_dim_v, dtype=dtype, seed=3),
+        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32),
+    }
+    for b, length in enumerate(lengths):
+        tensors["key_cache"][b, :, length:] = float("nan")
+        tensors["value_cache"][b, :, length:] = float("nan")
+    return tensors
+
+
+def check_decoding(tensors, backend, what, **options):
+    with torch.no_grad():
+        return check(ops.decode_attention, tensors, backend, what, **options)
+
+
+DECODE = {
+    "plain": ({}, {}),
+    "not-causal": ({}, {"is_causal": False}),
+    "window": ({}, {"window": (16, 0)}),
+    "window-open": ({}, {"window": (None, 2), "is_causal": False}),
+    "softcap": ({}, {"softcap": 2.0, "scale": 0.4}),
+    "alibi": ({"alibi_slopes": SLOPES}, {}),
+    "alibi-batch": ({"alibi_slopes": SLOPES * torch.arange(1, 6).view(5, 1)}, {}),
+    "sinks": ({"sinks": randn(4, seed=7)}, {}),
+    "everything": ({"alibi_slopes": SLOPES, "sinks": randn(4, seed=7)}, {"window": (100, None), "softcap": 5.0}),
+}
+
+
+@on_decode
+@on_dtypes
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_options(name, seqlen_q, dtype, backend):
+    extra, options = DECODE[name]
+    tensors = {**cached(dtype, [300, 1, 0, 129, 3], seqlen_q, head_dim_v=40), **extra}
+    ours = check_decoding(tensors, backend, name, enable_gqa=True, **options)
+    assert (ours["out"][2] == 0).all()
+
+
+@on_decode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads_k", [1, 2, 4])
+def test_decode_long_caches(heads_k, dtype, backend):
+    """One sequence, so that the work has to be split over the keys."""
+    for seqlen_q, length in ((1, 4000), (1, 4096), (3, 2500)):
+        tensors = cached(
+            dtype, [length], seqlen_q, capacity=4096, heads_q=16, heads_k=heads_k, head_dim=64, head_dim_v=64
+        )
+        check_decoding(tensors, backend, f"{seqlen_q} {length}", enable_gqa=True)
+
+
+@on_decode
+def test_decode_layouts(backend):
+    """The (B, Smax, H, D) cache of other libraries, and one layer's slice of a cache of several."""
+    tensors = cached(torch.float32, [50, 7], seqlen_q=2)
+    stacked = torch.stack([tensors["key_cache"], tensors["value_cache"]], 2)
+    layouts = {
+        "sequence-major": [
+            tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("key_cache", "value_cache")
+        ],
+        "stacked": stacked.unbind(2),
+    }
+    for name, (key, value) in layouts.items():
+        check_decoding({**tensors, "key_cache": key, "value_cache": value}, backend, name, enable_gqa=True)
+
+
+@on_decode
+def test_decode_is_the_last_rows_of_attention(backend):
+    tensors = cached(torch.float32, [200, 37], seqlen_q=4)
+    with torch.no_grad():
+        out = ops.decode_attention(**tensors, enable_gqa=True, backend=backend)
+        for b, length in enumerate((200, 37)):
+            key, value = (tensors[name][b : b + 1, :, :length] for name in ("key_cache", "value_cache"))
+            whole = torch.cat([randn(1, 4, length - 4, 32, seed=8), tensors["query"][b : b + 1]], 2)
+            wanted = ops.attention(whole, key, value, is_causal=True, enable_gqa=True, backend=backend)
+            torch.testing.assert_close(out[b], wanted[0, :, -4:])
+
+
+@on_varlen
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+def test_any_varlen_call(data, dtype, backend):
+    length = st.sampled_from([0, 1, 5, 16, 33, 64, 65, 100])
+    pairs = data.draw(st.lists(st.tuples(length, length), min_size=1, max_size=6))
+    shortest = max(1, min(sum(q for q, _ in pairs), sum(k for _, k in pairs)))
+    pairs *= -(-32 // shortest)  # the rule needs more than a handful of elements
+    lengths_q, lengths_k = [q for q, _ in pairs], [k for _, k in pairs]
+    sizes = {name: data.draw(st.integers(4, 72)) for name in ("head_dim", "head_dim_v")}
+    tensors = packed(dtype, lengths_q, lengths_k, heads_k=data.draw(st.sampled_from([1, 2, 4])), **sizes)
+    side = st.one_of(st.none(), st.integers(0, 70))
+    options = {
+        "is_causal": data.draw(st.booleans()),
+        "causal_alignment": data.draw(st.sampled_from(["top_left", "bottom_right"])),
+        "window": data.draw(st.one_of(st.none(), st.tuples(side, side))),
+        **(DROPOUT if data.draw(st.booleans()) else {}),
+    }
+    with torch.set_grad_enabled(dtype != torch.float32):  # as in test_attention.test_any_call
+        check(ops.varlen_attention, tensors, backend, **longest(lengths_q, lengths_k), enable_gqa=True, **options)
