@@ -5,22 +5,20 @@ import sys
 import torch
 
 from fastlayers import ops
-
-_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-_MOMENT_DTYPES = (None, torch.float32, *_SIXTEEN_BITS)
+from fastlayers.optim.state import SIXTEEN_BITS, has_master, initial_state, moment_dtype, step_device
 
 
 class FusedStep:
-    def _set_extras(self, master_weights, moment_dtype, stochastic_rounding, max_grad_norm):
+    def _set_extras(self, master_weights, dtype, stochastic_rounding, max_grad_norm):
         name = type(self).__name__
         if self.defaults["differentiable"]:
             raise ValueError(f"{name} does not support differentiable=True; use torch.optim.Adam")
-        if moment_dtype not in _MOMENT_DTYPES:
-            raise ValueError(f"{name}: moment_dtype has to be None, float32, float16 or bfloat16, got {moment_dtype}")
+        if dtype not in (None, torch.float32, *SIXTEEN_BITS):
+            raise ValueError(f"{name}: moment_dtype has to be None, float32, float16 or bfloat16, got {dtype}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"{name}: max_grad_norm has to be above 0, got {max_grad_norm}")
         self.defaults["master_weights"] = bool(master_weights)
-        self.defaults["moment_dtype"] = moment_dtype
+        self.defaults["moment_dtype"] = dtype
         self.defaults["stochastic_rounding"] = bool(stochastic_rounding)
         self.max_grad_norm = max_grad_norm
         self._complete()
@@ -35,8 +33,7 @@ class FusedStep:
             for param in group["params"]:
                 step = self.state[param].get("step") if param in self.state else None
                 if step is not None:
-                    device = param.device if param.is_cuda else "cpu"
-                    self.state[param]["step"] = torch.as_tensor(step, dtype=torch.float32, device=device)
+                    self.state[param]["step"] = torch.as_tensor(step, dtype=torch.float32, device=step_device(param))
 
     def __getstate__(self):
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
@@ -59,24 +56,20 @@ class FusedStep:
         state = self.state[param]
         for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             if key in saved:
-                state[key] = saved[key].to(param.device, _moment_dtype(group, param), copy=True)
+                state[key] = saved[key].to(param.device, moment_dtype(group, param), copy=True)
         state.pop("master_param", None)
-        if _has_master(group, param):
+        if has_master(group, param):
             master = saved.get("master_param", param.detach())
             state["master_param"] = master.to(param.device, torch.float32, copy=True)
 
-    def _state_of(self, group, param):
-        state = self.state[param]
-        if not state:
-            moments = {"dtype": _moment_dtype(group, param), "memory_format": torch.preserve_format}
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if param.is_cuda else "cpu")
-            state["exp_avg"] = torch.zeros_like(param, **moments)
-            state["exp_avg_sq"] = torch.zeros_like(param, **moments)
-            if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(param, **moments)
-            if _has_master(group, param):
-                state["master_param"] = param.detach().to(torch.float32, copy=True)
-        return state
+    def _states(self, group, params):
+        """The state of each parameter; those that have none yet get theirs."""
+        lacking = [param for param in params if not self.state[param]]
+        if lacking:
+            for key, tensors in initial_state(group, lacking).items():
+                for param, tensor in tensors.items():
+                    self.state[param][key] = tensor
+        return [self.state[param] for param in params]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -95,54 +88,51 @@ class FusedStep:
 
     def _batches(self, group):
         """(group, params, grads, states) per device, with and without masters, of the parameters with a gradient."""
-        params = [param for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
-        states = [self._state_of(group, param) for param in params]
+        params, grads = group["params"], [param.grad for param in group["params"]]
+        if any(grad is None for grad in grads):
+            params = [param for param in params if param.grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        states = self._states(group, params)
+        if not group["master_weights"] and len({param.device for param in params}) == 1:
+            return [(group, params, grads, states)]
         batches = {}
-        for batch in zip(params, grads, states):
-            key = (batch[0].device, "master_param" in batch[2])
-            batches.setdefault(key, []).append(batch)
-        return [(group, *map(list, zip(*batch))) for batch in batches.values()]
+        for param, grad, state in zip(params, grads, states):
+            batch = batches.setdefault((param.device, "master_param" in state), (group, [], [], []))
+            for entries, entry in zip(batch[1:], (param, grad, state)):
+                entries.append(entry)
+        return list(batches.values())
 
     def _update(self, group, params, grads, states, scale, found_inf):
-        def entries(key):
-            return _local([state[key] for state in states]) if key in states[0] else []
-
+        local = _local if _any_dtensor(params) else _itself
         device = params[0].device
-        lr = group["lr"]
-        if isinstance(lr, torch.Tensor) and device.type == "cpu":
-            lr = lr.cpu()
+
+        def entries(key):
+            return local([state[key] for state in states]) if key in states[0] else []
+
+        def here(number):
+            return number.to(device) if isinstance(number, torch.Tensor) else number
+
         ops.adam_step(
-            _local(params),
-            _local(grads),
+            local(params),
+            local(grads),
             entries("exp_avg"),
             entries("exp_avg_sq"),
             entries("max_exp_avg_sq"),
             entries("step"),
             master_params=entries("master_param"),
-            lr=lr,
+            lr=here(group["lr"]) if device.type == "cpu" else group["lr"],
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
             maximize=group["maximize"],
-            grad_scale=scale if scale is None else scale.to(device),
-            found_inf=found_inf if found_inf is None else found_inf.to(device),
-            grad_norm=self.grad_norm if self.grad_norm is None else self.grad_norm.to(device),
+            grad_scale=here(scale),
+            found_inf=here(found_inf),
+            grad_norm=here(self.grad_norm),
             max_grad_norm=self.max_grad_norm or float("inf"),
             rng=_draw_rng() if group["stochastic_rounding"] else None,
         )
-
-
-def _has_master(group, param):
-    return group["master_weights"] and param.dtype in _SIXTEEN_BITS
-
-
-def _moment_dtype(group, param):
-    if param.dtype == torch.float64:
-        return param.dtype
-    return group["moment_dtype"] or (torch.float32 if _has_master(group, param) else param.dtype)
 
 
 def _draw_rng():
@@ -150,25 +140,27 @@ def _draw_rng():
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
 
 
-def _is_dtensor(tensor):
+def _any_dtensor(tensors):
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def _local(tensors):
-    """This process's shards where the tensors are distributed, else the tensors themselves."""
-    if not any(map(_is_dtensor, tensors)):
-        return tensors
-    return [tensor.to_local() if _is_dtensor(tensor) else tensor for tensor in tensors]
+    """This process's shards of distributed tensors."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+
+def _itself(tensors):
+    return tensors
 
 
 def _total_norm(lists, scale):
     """The norm of all gradients of all lists together, divided by scale."""
     norms = []
     for grads in lists:
-        if any(map(_is_dtensor, grads)):
+        if _any_dtensor(grads):
             norm = torch.nn.utils.get_total_norm(grads)
-            norm = norm.full_tensor() if _is_dtensor(norm) else norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             norms.append(norm if scale is None else norm / scale.to(norm.device))
         else:
             norms.append(ops.grad_norm(grads, None if scale is None else scale.to(grads[0].device)))

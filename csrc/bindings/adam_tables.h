@@ -1,0 +1,27 @@
+// The tensors of an Adam step in the kernels' terms.
+#pragma once
+
+#include <vector>
+
+#include "adam/params.h"
+#include "bindings/tensor_list.h"
+
+namespace fl {
+
+struct AdamTables {
+  std::vector<AdamTensor> tensors;
+  std::vector<AdamLayout> layouts;  // allotted up front: tensors point into it
+  std::vector<int64_t> starts;
+
+  int64_t count() const { return static_cast<int64_t>(tensors.size()); }
+  int64_t tasks() const { return (starts.back() + kAdamTask - 1) / kAdamTask; }
+};
+
+// lists[o] holds operand o of every tensor, or is null where the operand is not used; either the
+// parameters or the gradients are there. Throws where shapes, dtypes or devices do not fit.
+AdamTables build_adam_tables(const TensorList* const lists[kAdamOperands]);
+
+// The value of a one-element tensor on CPU; `what` names it in the error.
+double value_on_cpu(const Tensor& tensor, const char* what);
+
+}  // namespace fl
