@@ -58,8 +58,8 @@ struct AdamStep {
   uint32_t offset;
 };
 
-// Sums of squares of gradients (operand kGrad of each tensor), one per kGradNormTask elements of
-// the tensors laid end to end, so that the sum does not depend on the number of threads.
+// Sums of squares of gradients (operand kGrad of each tensor), one per task (CUDA: at most
+// count + tasks), so that the sum does not depend on the number of threads.
 struct GradNorm {
   const AdamTensor* tensors;
   const int64_t* starts;
@@ -67,8 +67,8 @@ struct GradNorm {
   double* partial_sums;
 };
 
-// Elements per task. Tensors are padded to kAdamAlign when laid end to end, so that no task begins
-// in the middle of a vector.
+// Elements per task on CPU. Tensors are padded to kAdamAlign when laid end to end, so that no task
+// begins in the middle of a vector.
 constexpr int64_t kAdamTask = 65536;
 constexpr int64_t kAdamAlign = 64;
 

@@ -65,6 +65,20 @@ bool plan_layout(const AdamShape& shape, AdamLayout* layout) {
   return !all_dense;
 }
 
+AdamScalars adam_scalars(double lr, double beta1, double beta2, double weight_decay, double eps,
+                         bool decoupled_weight_decay, bool maximize) {
+  AdamScalars s;
+  s.one_minus_beta1 = static_cast<float>(1 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.one_minus_beta2 = static_cast<float>(1 - beta2);
+  s.eps = static_cast<float>(eps);
+  s.l2 = decoupled_weight_decay ? 0.0f : static_cast<float>(weight_decay);
+  s.decay = decoupled_weight_decay ? static_cast<float>(1 - lr * weight_decay) : 1.0f;
+  s.grad_scale = 1.0f;
+  s.grad_factor = maximize ? -1.0f : 1.0f;
+  return s;
+}
+
 void BiasCorrection::apply(float step, AdamTensor* tensor) {
   if (step != step_) {
     step_ = step;

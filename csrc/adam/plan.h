@@ -18,6 +18,10 @@ struct AdamShape {
 // than the gradient has elements that share memory, or more than kAdamMaxDims dimensions remain.
 bool plan_layout(const AdamShape& shape, AdamLayout* layout);
 
+// The options of a step, as far as the host knows them.
+AdamScalars adam_scalars(double lr, double beta1, double beta2, double weight_decay, double eps,
+                         bool decoupled_weight_decay, bool maximize);
+
 // Bias corrections of step t, remembering the last one: parameters mostly move in step.
 class BiasCorrection {
  public:

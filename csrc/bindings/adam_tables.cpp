@@ -38,7 +38,11 @@ void add_operand(int o, size_t i, const TensorRef& tensor, const TensorRef& para
 
 }  // namespace
 
-AdamTables build_adam_tables(const TensorList* const lists[kAdamOperands]) {
+AdamTables build_adam_tables(const std::array<const TensorList*, kAdamOperands>& given) {
+  std::array<const TensorList*, kAdamOperands> lists = given;
+  for (int o : {kMaxExpAvgSq, kMaster}) {
+    if (lists[o] && lists[o]->empty()) lists[o] = nullptr;
+  }
   const TensorList& params = lists[kParam] ? *lists[kParam] : *lists[kGrad];
   for (int o = 0; o < kAdamOperands; ++o) {
     FL_CHECK(!lists[o] || lists[o]->size() == params.size(), "adam_step: ", params.size(),
@@ -81,6 +85,17 @@ double value_on_cpu(const Tensor& tensor, const char* what) {
     default:
       fail("adam_step: ", what, " has to be float32 or float64");
   }
+}
+
+void set_rounding_rng(const OptionalTensor& rng, AdamStep* step) {
+  step->stochastic_rounding = rng.has_value();
+  if (!rng) return;
+  FL_CHECK(rng->is_cpu() && rng->numel() == 2 && rng->is_contiguous() &&
+               rng->scalar_type() == torch::headeronly::ScalarType::Long,
+           "adam_step: rng has to be two int64, seed and offset, on the CPU");
+  const int64_t* words = static_cast<const int64_t*>(rng->data_ptr());
+  step->seed = static_cast<uint64_t>(words[0]);
+  step->offset = static_cast<uint32_t>(words[1]);
 }
 
 }  // namespace fl

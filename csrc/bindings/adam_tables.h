@@ -1,6 +1,8 @@
 // The tensors of an Adam step in the kernels' terms.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <vector>
 
 #include "adam/params.h"
@@ -17,11 +19,17 @@ struct AdamTables {
   int64_t tasks() const { return (starts.back() + kAdamTask - 1) / kAdamTask; }
 };
 
-// lists[o] holds operand o of every tensor, or is null where the operand is not used; either the
-// parameters or the gradients are there. Throws where shapes, dtypes or devices do not fit.
-AdamTables build_adam_tables(const TensorList* const lists[kAdamOperands]);
+// lists[o] holds operand o of every tensor, or is null or empty where the operand is not used;
+// either the parameters or the gradients are there. Throws where shapes, dtypes or devices do not
+// fit.
+AdamTables build_adam_tables(const std::array<const TensorList*, kAdamOperands>& lists);
 
 // The value of a one-element tensor on CPU; `what` names it in the error.
 double value_on_cpu(const Tensor& tensor, const char* what);
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Seed and offset of stochastic rounding, on the CPU; none: round to nearest.
+void set_rounding_rng(const OptionalTensor& rng, AdamStep* step);
 
 }  // namespace fl
