@@ -1,5 +1,8 @@
 """One step of Adam or AdamW for a list of parameters, in place, and the gradient norm for clipping."""
 
+import functools
+import importlib.util
+import os
 from itertools import chain
 from operator import attrgetter
 
@@ -60,17 +63,28 @@ def adam_step(
     lr_tensor, lr = (lr, 0.0) if isinstance(lr, torch.Tensor) else (None, lr)
     options = (float(lr), beta1, beta2, float(weight_decay), float(eps), float(max_grad_norm))
     tail = (lr_tensor, grad_scale, found_inf, grad_norm, rng, *options, decoupled_weight_decay, maximize)
-    chosen = backends.choose("adam_step", _facts(*lists), backend)
-    if chosen == "reference":
-        _check_lists(lists, steps)
-        with torch.no_grad():
-            return reference.adam_step(*lists, steps, *tail)
-    run = torch.ops.fastlayers.adam_step
     try:
-        run(*lists, steps, *tail)
+        chosen = backends.choose("adam_step", _facts(*lists), backend)
+    except (AttributeError, backends.BackendError):
+        _check_lists(lists, steps)
+        raise
+    if chosen in ("reference", "triton"):
+        _check_lists(lists, steps)
+    expanded = _expanded(grads) if grad_scale is not None else []
+    if expanded:  # several elements in one place: unscaled in a copy, so that each place is unscaled once
+        originals, grads = grads, list(grads)
+        for i in expanded:
+            grads[i] = grads[i].clone(memory_format=torch.contiguous_format)
+        lists = (params, grads, *lists[2:])
+    run = _implementation(chosen)
+    try:
+        with torch.no_grad():
+            run(*lists, steps, *tail)
     except RuntimeError:
         _check_lists(lists, steps)  # says in Python's terms what was wrong, where that is the reason
         raise
+    for i in expanded:
+        _once(originals[i]).copy_(_once(grads[i], originals[i].stride()))
 
 
 def grad_norm(grads, grad_scale=None, *, backend=None):
@@ -90,11 +104,31 @@ if _native.error is None:
 
     @torch.library.register_fake("fastlayers::adam_step")
     def _(*args):
-        return None
+        _check_lists(args[:6], args[6])
 
     @torch.library.register_fake("fastlayers::grad_norm")
     def _(grads, grad_scale):
         return grads[0].new_empty((), dtype=torch.float32)
+
+
+def _implementation(backend):
+    if backend == "triton":
+        from fastlayers.triton.adam import adam_step
+
+        return adam_step
+    return reference.adam_step if backend == "reference" else torch.ops.fastlayers.adam_step
+
+
+def _expanded(grads):
+    """Indices of the tensors that have several elements in one place."""
+    strides = ((i, grad.stride(), grad.shape) for i, grad in enumerate(grads) if not grad.is_contiguous())
+    return [i for i, stride, shape in strides if any(s == 0 and n > 1 for s, n in zip(stride, shape))]
+
+
+def _once(tensor, strides=None):
+    """The part of an expanded tensor that is there once: the first element along every stride of 0."""
+    strides = strides or tensor.stride()
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
 
 _NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "master_params")
@@ -139,12 +173,36 @@ def _norm_facts(grads, *_, **__):
     return _facts(grads)
 
 
-def _cpu_reason(facts):
+def _dtype_reason(facts):
     others = facts["dtypes"] - _KERNEL_DTYPES
-    if others:
-        return f"the kernels take float32, float16 and bfloat16, not {', '.join(map(str, others))}"
-    return backends.native_reason(facts)
+    return f"the kernels take float32, float16 and bfloat16, not {', '.join(map(str, others))}" if others else None
 
 
-backends.register("adam_step", facts=_facts, cpu=_cpu_reason)
-backends.register("grad_norm", facts=_norm_facts, cpu=_cpu_reason)
+def _cpu_reason(facts):
+    return backends.native_reason(facts) or _dtype_reason(facts)
+
+
+def _cuda_reason(facts):
+    if facts["device"] != "cuda":
+        return f"the tensors are on {facts['device']}, not on cuda"
+    if not _cuda_built():
+        return _native.error or "the library was built without CUDA kernels; rebuild it where nvcc is found"
+    return _dtype_reason(facts)
+
+
+def _triton_reason(facts):
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if facts["device"] != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {facts['device']}, not on cuda (TRITON_INTERPRET=1 runs it on cpu)"
+    return _dtype_reason(facts)
+
+
+@functools.cache
+def _cuda_built():
+    return _native.error is None and bool(_native.build_info().get("cuda_archs"))
+
+
+_NATIVE = {"cpu": _cpu_reason, "cuda": _cuda_reason}
+backends.register("adam_step", facts=_facts, **_NATIVE, triton=_triton_reason)
+backends.register("grad_norm", facts=_norm_facts, **_NATIVE)
