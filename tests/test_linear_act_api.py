@@ -1,5 +1,7 @@
 """linear_act and gated_linear_act as PyTorch citizens: opcheck, compile, autocast, checkpoints, bad calls."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,18 @@ def test_explain(op, capsys):
     answers = fastlayers.explain(op, *make(op))
     assert answers["reference"] is None and f"{op}: reference" in capsys.readouterr().out
     assert set(answers) == set(backends.NAMES)
+
+
+def test_torch_serves_16_bit_where_it_has_tile_instructions(monkeypatch):
+    """On CPUs with AMX the choice falls on torch's GEMM, and the compiled kernels still serve who asks for them."""
+    module = sys.modules["fastlayers.ops.linear_act"]
+    x, w = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
+    for amx in (True, False):
+        monkeypatch.setitem(module._TORCH_GEMM_IS_FASTER, torch.bfloat16, amx)
+        facts = module._facts(x)
+        assert (backends.choose("linear_act", facts) == "reference") == amx or backends.native_reason(facts)
+        assert ops.linear_act(x, w).shape == (3, 5)
+        assert backends.why_not("linear_act", "cpu", facts) == backends.native_reason(facts)
 
 
 X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
