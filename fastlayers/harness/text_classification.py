@@ -89,7 +89,7 @@ def positive(text):
 def run(args):
     config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     config.lr = config.lr or (1e-2 if config.freeze_base else 3e-4)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if config.threads:
         torch.set_num_threads(config.threads)
 
