@@ -83,6 +83,8 @@ def adam_step(
     except RuntimeError:
         _check_lists(lists, steps)  # says in Python's terms what was wrong, where that is the reason
         raise
+    if not torch.compiler.is_compiling():  # so that autograd notices
+        torch.autograd.graph.increment_version(params)
     for i in expanded:
         _once(originals[i]).copy_(_once(grads[i], originals[i].stride()))
 
@@ -142,6 +144,8 @@ def _check_lists(lists, steps):
             raise ValueError(f"adam_step: {len(params)} params, but {len(tensors)} {name}")
         for i, (tensor, param) in enumerate(zip(tensors, params)):
             _check_tensor(f"{name}[{i}]", tensor, param)
+            if name != "grads" and _expanded([tensor]):
+                raise ValueError(f"adam_step: {name}[{i}] has elements that share memory (an expanded view)")
     if len(steps) != len(params):
         raise ValueError(f"adam_step: {len(params)} params, but {len(steps)} steps")
     for i, step in enumerate(steps):
