@@ -132,14 +132,15 @@ void product(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, 
 }
 
 // c = a . b, the depth in parts: sums of more than 64 terms one after the other round more than
-// those of the matrix products that they are compared with.
+// those of the matrix products that they are compared with. So do those of more than 16 beside the
+// matrix-vector products that serve a decoding step elsewhere.
 template <class Dot>
 void product_of_depth(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
                       int64_t ldc) {
-  constexpr int64_t kPart = 64;
-  product<Dot, Update::kSet>(rows, vecs, least(depth, kPart), a, b, c, ldc);
-  for (int64_t k = kPart; k < depth; k += kPart) {
-    product<Dot, Update::kAdd>(rows, vecs, least(depth - k, kPart),
+  const int64_t part = rows > kRows ? 64 : 16;
+  product<Dot, Update::kSet>(rows, vecs, least(depth, part), a, b, c, ldc);
+  for (int64_t k = part; k < depth; k += part) {
+    product<Dot, Update::kAdd>(rows, vecs, least(depth - k, part),
                                {a.data + k * a.depth, a.row, a.depth},
                                {b.data + k * b.depth, b.panel, b.depth}, c, ldc);
   }
