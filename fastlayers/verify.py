@@ -79,11 +79,11 @@ def _cast(name, tensor, dtype, device):
 HEADS, HEAD_DIM = 4, 64
 
 
-def _qkv(size, heads_k=HEADS, head_dim=HEAD_DIM, head_dim_v=None, seqlen_k=None):
-    """(2, 4, 43 size, head_dim) against 61 size keys; sizes that fill no tile."""
+def _qkv(size, heads_k=HEADS, head_dim=HEAD_DIM, head_dim_v=None, seqlen_k=None, heads_q=HEADS):
+    """(2, heads, 43 size, head_dim) against 61 size keys; sizes that fill no tile."""
     seqlen_q, seqlen_k = 43 * size, (seqlen_k or 61) * size
     return {
-        "query": torch.randn(2, HEADS, seqlen_q, head_dim),
+        "query": torch.randn(2, heads_q, seqlen_q, head_dim),
         "key": torch.randn(2, heads_k, seqlen_k, head_dim),
         "value": torch.randn(2, heads_k, seqlen_k, head_dim_v or head_dim),
     }
@@ -127,6 +127,11 @@ def _sdpa(**options):
     )
 
 
+def _many_sinks(size):
+    """32 heads: the largest error of fewer sums than that says little about how they are computed."""
+    return {**_qkv(size, 32, heads_q=32), "sinks": torch.randn(32)}
+
+
 def _everything(size):
     return {**_qkv(size, heads_k=2, head_dim=40, head_dim_v=72), "alibi_slopes": _SLOPES, "sinks": _SINKS}
 
@@ -146,7 +151,7 @@ ATTENTION = [
     _attention_check("window", window=(17, 5)),
     _attention_check("softcap", softcap=1.5),
     _attention_check("alibi_slopes", _with("alibi_slopes", _SLOPES)),
-    _attention_check("sinks and their gradient", _with("sinks", _SINKS), (*GRADIENTS, "sinks")),
+    _attention_check("sinks and their gradient", _many_sinks, (*GRADIENTS, "sinks")),
     _attention_check("return_lse and its gradient", return_lse=True),
     _attention_check(
         "rows that see no key",
@@ -207,11 +212,13 @@ VARLEN = [
 
 
 def _cache(size, seqlen_q=1, heads_k=HEADS):
+    """16 sequences: a row of few keys has one error for all its values, and few rows would be judged by luck."""
+    lengths = torch.arange(1, 17) * 12 * size
     return {
-        "query": torch.randn(3, HEADS, seqlen_q, HEAD_DIM),
-        "key_cache": torch.randn(3, heads_k, 200 * size, HEAD_DIM),
-        "value_cache": torch.randn(3, heads_k, 200 * size, HEAD_DIM),
-        "cache_seqlens": torch.tensor([200 * size, 131, 8], dtype=torch.int32),
+        "query": torch.randn(16, HEADS, seqlen_q, HEAD_DIM),
+        "key_cache": torch.randn(16, heads_k, 200 * size, HEAD_DIM),
+        "value_cache": torch.randn(16, heads_k, 200 * size, HEAD_DIM),
+        "cache_seqlens": lengths.int(),
     }
 
 
