@@ -62,8 +62,9 @@ __device__ __forceinline__ void store_as(void* data, int64_t n, int count, const
     constexpr int kVectors = kWidth * sizeof(T) / sizeof(uint4);
     uint4 vectors[kVectors];
     __builtin_memcpy(vectors, values, sizeof values);
+    // __stcg, because plain stores are merged with those of the tail below, into single elements.
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(to)[v] = vectors[v];
+    for (int v = 0; v < kVectors; ++v) __stcg(reinterpret_cast<uint4*>(to) + v, vectors[v]);
     return;
   }
 #pragma unroll
