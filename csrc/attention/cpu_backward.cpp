@@ -205,13 +205,28 @@ void backward(const AttentionBackward& p, const RowSums& sums) {
   }
 }
 
+// At 1024 neighbouring float32 numbers lie 6e-5 apart, and so much of each probability exp(s - lse) is
+// lost; where a mask of the most negative numbers hides a whole row, lse keeps nothing of the scores.
+bool has_coarse_lse(const AttentionForward& f) {
+  for (int64_t b = 0; b < f.batch; ++b) {
+    const Sequence seq(f, b);
+    for (int64_t h = 0; h < f.heads_q; ++h) {
+      const float* lse = f.lse + b * f.lse_stride_b + h * f.lse_stride_h + seq.q_row;
+      for (int64_t i = 0; i < seq.seqlen_q; ++i) {
+        if (lse[i] > 1024.0f || (lse[i] < -1024.0f && lse[i] != -kInfinity)) return true;
+      }
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 void attention_backward(const AttentionBackward& p) {
   const AttentionForward& f = p.forward;
   if (f.batch == 0 || f.heads_q == 0) return;
-  // Sums of whole rows or columns of ds would show the rounding of o.
-  const bool exact = p.dmask || p.dsinks;
+  // Sums of whole rows or columns of ds would show the rounding of o, and all of ds that of lse.
+  const bool exact = p.dmask || p.dsinks || has_coarse_lse(f);
   const int64_t rows = f.batch * f.heads_q * f.seqlen_q;
   const Scratch memory(exact ? 2 * rows * 4 : 0);
   RowSums sums;
