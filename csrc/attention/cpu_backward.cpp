@@ -205,8 +205,9 @@ void backward(const AttentionBackward& p, const RowSums& sums) {
   }
 }
 
-// At 1024 neighbouring float32 numbers lie 6e-5 apart, and so much of each probability exp(s - lse) is
-// lost; where a mask of the most negative numbers hides a whole row, lse keeps nothing of the scores.
+// At 1024 neighbouring float32 numbers lie 6e-5 apart, and so much of each probability exp(s - lse)
+// is lost; where a mask of the most negative numbers hides a whole row, lse keeps nothing of the
+// scores.
 bool has_coarse_lse(const AttentionForward& f) {
   for (int64_t b = 0; b < f.batch; ++b) {
     const Sequence seq(f, b);
