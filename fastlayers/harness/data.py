@@ -32,7 +32,7 @@ STDLIB_FAMILIES = {
     "xml": ("xml",),
 }
 STDLIB_WORDS = 8  # shorter documentation strings say too little
-STDLIB_PER_CLASS = 140  # at most so many a class: the classes stay balanced and one epoch short
+STDLIB_PER_CLASS = 120  # at most so many a class: the classes stay balanced and one epoch short
 
 
 @dataclass
