@@ -276,7 +276,7 @@ Exec quick(const Conversion& c) {
   if (c.mode == Round::kNearest && c.from == "f32" && c.to == "f16") return narrow<f32_to_f16>;
   if (c.mode == Round::kNearest && c.from == "f32" && c.to == "bf16") return narrow<f32_to_bf16>;
   if (c.from_bits == 32 && c.to_bits == 64 && c.width == 64) {
-    if (c.from == "u32") return copy_int<uint32_t, uint64_t>;
+    if (c.from == "u32" && !is_float(c.to)) return copy_int<uint32_t, uint64_t>;
     if (c.from == "s32" && !is_float(c.to)) return copy_int<int32_t, uint64_t>;
   }
   const bool to_32 = c.to == "u32" || c.to == "s32";
