@@ -53,8 +53,10 @@ def attention_forward(
     output_attentions is asked for, which takes plain torch.
     """
     if cache is not None or "_fastlayers_left" in module.__dict__:
+        given = {"position_bias": position_bias, "cache": cache}  # not every release of transformers takes both
+        kwargs.update((name, value) for name, value in given.items() if value is not None)
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, cache, **kwargs
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
