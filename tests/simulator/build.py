@@ -13,7 +13,7 @@ import pybind11
 
 _SOURCES = Path(__file__).parent / "core"
 _ROOT = Path(__file__).parents[2]
-_FLAGS = "-std=c++20 -O3 -march=native -Wall -Wextra -fPIC -fvisibility=hidden -pthread"
+_FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -Wall -Wextra -fPIC -fvisibility=hidden -pthread"
 
 
 def _ninja():

@@ -15,8 +15,9 @@ enum class Use : uint8_t { kLoad, kStore, kAtomic };
 // The state space that an instruction names; parameters and constants are read as kConst.
 Where space_of(const ptx::Instruction& instruction);
 
-// pointers[lane] for the lanes in mask: `bytes` bytes at base[lane] + imm, which are bounds-checked,
-// aligned, counted, and for shared and local memory known to be written where they are read.
+// pointers[lane] for the lanes in mask: `bytes` bytes at base[lane] + imm, which are
+// bounds-checked, aligned, counted, and for shared and local memory known to be written where they
+// are read.
 void resolve(Warp& w, const Instr& i, const uint64_t* addresses, Where where, uint32_t bytes,
              Use use, uint32_t mask, uint8_t** pointers);
 

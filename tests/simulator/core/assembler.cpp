@@ -453,7 +453,7 @@ class Builder : public Assembler {
     }
     const std::string key = function_->name + ":" + o.name;
     if (const auto found = registers_.find(key); found != registers_.end()) return found->second;
-    const Register made{{}, declared_bits(o.name)};
+    const Register made{{}, o.name == "%carry" ? 1 : declared_bits(o.name)};
     Register& placed = registers_[key] = made;
     placed.ref = allocate(made.bits);
     return placed;

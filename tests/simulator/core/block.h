@@ -6,21 +6,12 @@
 #include <memory>
 #include <vector>
 
+#include "checker.h"
 #include "memory.h"
+#include "ops_barrier.h"
 #include "warp.h"
 
 namespace sim {
-
-class Checker;  // who touched which byte of shared memory, and who knows of it (checker.h)
-
-constexpr int kBarriers = 16;
-
-struct Barrier {
-  uint32_t expected = 0;  // threads; 0: nobody has come
-  uint32_t arrived = 0;
-  uint32_t votes_and = kAll, votes_or = 0, votes_count = 0;  // bar.red
-  std::vector<int> waiting;                                  // warps
-};
 
 struct Launch;  // the grid: kernel, sizes, global memory, limits (launch.h)
 
@@ -31,6 +22,7 @@ struct Block {
   std::vector<uint8_t> shared;
   std::unique_ptr<Checker> checker;
   std::array<Barrier, kBarriers> barriers;
+  Knowledge cluster_knowledge;         // of all that have come to the cluster's barrier
   std::vector<uint8_t> local;          // [warp][lane][local_bytes]
   std::vector<uint8_t> local_written;  // likewise, 1 where written
   uint32_t local_bytes = 0;

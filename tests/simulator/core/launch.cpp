@@ -43,7 +43,9 @@ class Worker {
     registers_.resize(register_stride_ * static_cast<size_t>(warps) + 64);
     block_.launch = &launch;
     block_.warps.resize(static_cast<size_t>(warps));
-    block_.shared.resize(kernel.static_shared + launch.dynamic_shared + 16);
+    const size_t shared = kernel.static_shared + launch.dynamic_shared;
+    block_.shared.resize(shared + 16);
+    block_.checker = std::make_unique<Checker>(shared, warps, launch.race_check);
     block_.local_bytes = kernel.local_bytes;
     block_.local.resize(static_cast<size_t>(warps) * kLanes * kernel.local_bytes);
     block_.local_written.resize(block_.local.size());
@@ -56,10 +58,9 @@ class Worker {
     block_.x = static_cast<uint32_t>(index % launch_.grid.x);
     block_.y = static_cast<uint32_t>(index / launch_.grid.x % launch_.grid.y);
     block_.z = static_cast<uint32_t>(index / launch_.grid.x / launch_.grid.y);
-    const size_t shared = launch_.kernel->static_shared + launch_.dynamic_shared;
-    block_.checker = std::make_unique<Checker>(shared, static_cast<int>(block_.warps.size()),
-                                               launch_.race_check);
+    block_.checker->reset();
     block_.barriers = {};
+    block_.cluster_knowledge = {};
     std::fill(block_.local_written.begin(), block_.local_written.end(), uint8_t{0});
     block_.progress = 0;
     for (size_t i = 0; i < block_.warps.size(); ++i) reset(static_cast<int>(i));

@@ -81,8 +81,8 @@ inline double round_to(double x, Format format, Round mode) {
   const double largest = std::ldexp(2.0 - std::ldexp(1.0, -format.mantissa), bias);
   const double value = whole * unit;
   if (std::fabs(value) <= largest) return std::copysign(value, x);
-  const bool stays = mode == Round::kZero || (mode == Round::kDown && x > 0) ||
-                     (mode == Round::kUp && x < 0);
+  const bool stays =
+      mode == Round::kZero || (mode == Round::kDown && x > 0) || (mode == Round::kUp && x < 0);
   return std::copysign(stays ? largest : std::numeric_limits<double>::infinity(), x);
 }
 
@@ -126,8 +126,8 @@ inline uint32_t f32_to_e4m3_saturated(float x) {
   if (value == 0) return sign;
   const int e = std::ilogb(value);
   if (e < -6) return sign | static_cast<uint32_t>(std::ldexp(value, 9));
-  return sign | ((static_cast<uint32_t>(e + 6) << 3) +
-                 static_cast<uint32_t>(std::ldexp(value, 3 - e)));
+  return sign |
+         ((static_cast<uint32_t>(e + 6) << 3) + static_cast<uint32_t>(std::ldexp(value, 3 - e)));
 }
 inline uint32_t f32_to_e5m2_saturated(float x) {
   if (std::isnan(x)) return 0x7f;

@@ -1,7 +1,10 @@
 // Asynchronous copies and the barriers in shared memory that count them.
-#include "program.h"
+#include "ops_arithmetic.h"
+#include "ops_barrier.h"
 
 namespace sim {
+
+void decode_proxy_fence(const ptx::Instruction& i, Assembler&, Instr*) { unknown(i); }
 
 void add_async(Decoders*) {}
 

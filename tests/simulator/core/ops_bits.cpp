@@ -76,9 +76,7 @@ void decode_logic(const ptx::Instruction& i, Assembler& a, Instr* instr) {
     return a.set_ops(instr, refs);
   }
   const int bits = bits_of(i);
-  instr->exec = bits == 64   ? logic<Op, uint64_t>
-                : bits == 32 ? logic<Op, uint32_t>
-                             : logic16<Op>;
+  instr->exec = bits == 64 ? logic<Op, uint64_t> : bits == 32 ? logic<Op, uint32_t> : logic16<Op>;
   a.set_ops(instr, lane_refs(i, a, bits));
 }
 
@@ -119,8 +117,8 @@ void decode_shift(const ptx::Instruction& i, Assembler& a, Instr* instr) {
     instr->exec = sign ? shift<int16_t, kLeft> : shift<uint16_t, kLeft>;
   }
   instr->klass = Class::kInteger;
-  a.set_ops(instr, {a.write(i.operands[0], bits), a.read(i.operands[1], bits),
-                    a.read(i.operands[2], 32)});
+  a.set_ops(instr,
+            {a.write(i.operands[0], bits), a.read(i.operands[1], bits), a.read(i.operands[2], 32)});
 }
 
 // shf: 32 bits of the 64 in b:a. aux: 1 left, 2 clamps the amount to 32 (else it wraps).
@@ -152,8 +150,9 @@ uint32_t lop3_of(uint32_t a, uint32_t b, uint32_t c, uint64_t table) {
 
 void lop3(Warp& w, const Instr& i, uint32_t mask) {
   const uint64_t table = i.aux;
-  each_lane<uint32_t, uint32_t>(
-      w, i, mask, 3, [table](uint32_t a, uint32_t b, uint32_t c) { return lop3_of(a, b, c, table); });
+  each_lane<uint32_t, uint32_t>(w, i, mask, 3, [table](uint32_t a, uint32_t b, uint32_t c) {
+    return lop3_of(a, b, c, table);
+  });
 }
 
 void decode_lop3(const ptx::Instruction& i, Assembler& a, Instr* instr) {
@@ -208,9 +207,8 @@ uint32_t permute_of(uint32_t a, uint32_t b, uint32_t c, Permute mode) {
 
 template <Permute kMode>
 void permute(Warp& w, const Instr& i, uint32_t mask) {
-  each_lane<uint32_t, uint32_t>(w, i, mask, 3, [](uint32_t a, uint32_t b, uint32_t c) {
-    return permute_of(a, b, c, kMode);
-  });
+  each_lane<uint32_t, uint32_t>(
+      w, i, mask, 3, [](uint32_t a, uint32_t b, uint32_t c) { return permute_of(a, b, c, kMode); });
 }
 
 void decode_permute(const ptx::Instruction& i, Assembler& a, Instr* instr) {
@@ -283,9 +281,9 @@ void decode_insert(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   const int bits = bits_of(i);
   instr->exec = bits == 64 ? insert<uint64_t> : insert<uint32_t>;
   instr->klass = Class::kInteger;
-  a.set_ops(instr, {a.write(i.operands[0], bits), a.read(i.operands[1], bits),
-                    a.read(i.operands[2], bits), a.read(i.operands[3], 32),
-                    a.read(i.operands[4], 32)});
+  a.set_ops(instr,
+            {a.write(i.operands[0], bits), a.read(i.operands[1], bits), a.read(i.operands[2], bits),
+             a.read(i.operands[3], 32), a.read(i.operands[4], 32)});
 }
 
 struct Popc {

@@ -7,7 +7,23 @@
 namespace sim {
 namespace {
 
-enum Comparison { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan, kComparisons };
+enum Comparison {
+  kEq,
+  kNe,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEqu,
+  kNeu,
+  kLtu,
+  kLeu,
+  kGtu,
+  kGeu,
+  kNum,
+  kNan,
+  kComparisons
+};
 
 constexpr const char* kNames[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
                                   "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
@@ -152,7 +168,8 @@ void setp(Warp& w, const Instr& i, uint32_t mask) {
 void set(Warp& w, const Instr& i, uint32_t mask) {
   const Plan& plan = *static_cast<const Plan*>(i.extra);
   uint32_t t = plan.compare(w, i.ops[1], i.ops[2]);
-  if (plan.combine) t = combined(t, plan.negated ? ~w.predicate(i.ops[3]) : w.predicate(i.ops[3]), plan.combine);
+  if (plan.combine)
+    t = combined(t, plan.negated ? ~w.predicate(i.ops[3]) : w.predicate(i.ops[3]), plan.combine);
   uint32_t value[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     value[lane] = t >> lane & 1 ? static_cast<uint32_t>(i.aux) : 0;
@@ -186,10 +203,10 @@ void check_compare(const ptx::Instruction& i) {
 }
 
 Class class_of(const std::string& type) {
-  return type == "f64"                          ? Class::kFp64
-         : type == "f32"                        ? Class::kFp32
+  return type == "f64"                      ? Class::kFp64
+         : type == "f32"                    ? Class::kFp32
          : type[0] == 'f' || type == "bf16" ? Class::kHalf
-                                                : Class::kInteger;
+                                            : Class::kInteger;
 }
 
 void decode_setp(const ptx::Instruction& i, Assembler& a, Instr* instr) {

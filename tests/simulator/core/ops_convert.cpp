@@ -8,7 +8,9 @@ namespace {
 
 constexpr uint64_t kFtz = 1, kSat = 2, kRelu = 4, kWhole = 8, kSatfinite = 16;
 
-bool is_float(const std::string& type) { return type[0] == 'f' || type == "bf16" || type == "tf32"; }
+bool is_float(const std::string& type) {
+  return type[0] == 'f' || type == "bf16" || type == "tf32";
+}
 
 // Reading a lane of a type as the number it is. A source register may be wider than the type.
 using LoadInt = int64_t (*)(uint64_t);
@@ -76,8 +78,9 @@ uint64_t int_of_real(double x, const Conversion& c) {
   const double end = std::ldexp(1.0, c.to_signed ? c.width - 1 : c.width);
   if (x < low) return c.to_signed ? ~uint64_t{0} << (c.width - 1) : 0;
   if (x >= end) {
-    return c.to_signed ? (uint64_t{1} << (c.width - 1)) - 1
-                       : c.width == 64 ? ~uint64_t{0} : (uint64_t{1} << c.width) - 1;
+    return c.to_signed     ? (uint64_t{1} << (c.width - 1)) - 1
+           : c.width == 64 ? ~uint64_t{0}
+                           : (uint64_t{1} << c.width) - 1;
   }
   return c.to_signed ? static_cast<uint64_t>(static_cast<int64_t>(x)) : static_cast<uint64_t>(x);
 }
@@ -198,7 +201,8 @@ void copy_int(Warp& w, const Instr& i, uint32_t mask) {
   To value[kLanes];
   using Slot = std::conditional_t<sizeof(From) == 8, uint64_t, uint32_t>;
   const Slot* a = w.lanes<Slot>(i.ops[1]);
-  for (int lane = 0; lane < kLanes; ++lane) value[lane] = static_cast<To>(static_cast<From>(a[lane]));
+  for (int lane = 0; lane < kLanes; ++lane)
+    value[lane] = static_cast<To>(static_cast<From>(a[lane]));
   w.write(i.ops[0], value, mask);
 }
 
@@ -249,7 +253,8 @@ void decode_pair(const ptx::Instruction& i, Assembler& a, Instr* instr, const st
   if (from != "f32") unknown(i);
   const bool eight = to == "e4m3x2" || to == "e5m2x2";
   const std::vector<Ref> refs = {a.write(i.operands[0], eight ? 16 : 32),
-                                 a.read(i.operands[1], 32, "f32"), a.read(i.operands[2], 32, "f32")};
+                                 a.read(i.operands[1], 32, "f32"),
+                                 a.read(i.operands[2], 32, "f32")};
   const bool plain = instr->aux == 0 && rounding(i) == Round::kNearest;
   if (plain && to == "f16x2") {
     instr->exec = narrow_pair<f32_to_f16>;
@@ -285,10 +290,10 @@ Exec quick(const Conversion& c) {
 }
 
 void decode_cvt(const ptx::Instruction& i, Assembler& a, Instr* instr) {
-  check_modifiers(i, {"rn",   "rz",   "rm",   "rp",     "rni",    "rzi",    "rmi",    "rpi",
-                      "rna",  "ftz",  "sat",  "relu",   "satfinite", "s8",  "u8",     "s16",
-                      "u16",  "s32",  "u32",  "s64",    "u64",    "f16",    "bf16",   "f32",
-                      "f64",  "tf32", "f16x2", "bf16x2", "e4m3x2", "e5m2x2"});
+  check_modifiers(
+      i, {"rn",  "rz",   "rm",        "rp",  "rni", "rzi",  "rmi",   "rpi",    "rna",    "ftz",
+          "sat", "relu", "satfinite", "s8",  "u8",  "s16",  "u16",   "s32",    "u32",    "s64",
+          "u64", "f16",  "bf16",      "f32", "f64", "tf32", "f16x2", "bf16x2", "e4m3x2", "e5m2x2"});
   const std::vector<std::string> types = i.types();
   const std::string &to = types.at(0), &from = types.at(1);
   instr->klass = Class::kConvert;
@@ -305,8 +310,8 @@ void decode_cvt(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   if (c->load_int == nullptr && c->load_real == nullptr) unknown(i);
   const int declared_from = a.bits_of(i.operands[1]);
   c->from_bits = declared_from ? declared_from : std::max(16, 8 * ptx::bytes_of(from));
-  c->to_bits = i.operands[0].form == ptx::Operand::kSink ? std::max(16, c->width)
-                                                         : a.bits_of(i.operands[0]);
+  c->to_bits =
+      i.operands[0].form == ptx::Operand::kSink ? std::max(16, c->width) : a.bits_of(i.operands[0]);
   const bool wide_from = c->from_bits == 64, wide_to = c->to_bits == 64;
   instr->exec = quick(*c);
   if (instr->exec == nullptr) {

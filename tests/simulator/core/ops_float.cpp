@@ -101,9 +101,7 @@ struct Abs {
 };
 // copysign.f32 d, a, b: the magnitude of b with the sign of a.
 struct Copysign {
-  static uint32_t bits(uint32_t a, uint32_t b) {
-    return (a & 0x80000000u) | (b & 0x7fffffffu);
-  }
+  static uint32_t bits(uint32_t a, uint32_t b) { return (a & 0x80000000u) | (b & 0x7fffffffu); }
   static uint64_t bits(uint64_t a, uint64_t b) {
     return (a & 0x8000000000000000u) | (b & 0x7fffffffffffffffu);
   }
@@ -111,8 +109,7 @@ struct Copysign {
 
 template <class Op, uint64_t kFlags>
 void f32(Warp& w, const Instr& i, uint32_t mask) {
-  each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1,
-                                [](uint32_t a, uint32_t b, uint32_t c) {
+  each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1, [](uint32_t a, uint32_t b, uint32_t c) {
     float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
     if constexpr ((kFlags & kFtz) != 0) x = flush(x), y = flush(y), z = flush(z);
     float r = Op::of(x, y, z);
@@ -135,18 +132,17 @@ void f32_directed(Warp& w, const Instr& i, uint32_t mask) {
   const bool ftz = i.aux & kFtz, sat = i.aux & kSat;
   each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1,
                                 [&](uint32_t a, uint32_t b, uint32_t c) {
-    float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
-    if (ftz) x = flush(x), y = flush(y), z = flush(z);
-    float r = to_f32(Op::exact(x, y, z), mode);
-    if (ftz) r = flush(r);
-    return result(sat ? saturate(r) : r);
-  });
+                                  float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
+                                  if (ftz) x = flush(x), y = flush(y), z = flush(z);
+                                  float r = to_f32(Op::exact(x, y, z), mode);
+                                  if (ftz) r = flush(r);
+                                  return result(sat ? saturate(r) : r);
+                                });
 }
 
 template <class Op>
 void f64(Warp& w, const Instr& i, uint32_t mask) {
-  each_lane<uint64_t, uint64_t>(w, i, mask, i.op_count - 1,
-                                [](uint64_t a, uint64_t b, uint64_t c) {
+  each_lane<uint64_t, uint64_t>(w, i, mask, i.op_count - 1, [](uint64_t a, uint64_t b, uint64_t c) {
     return std::bit_cast<uint64_t>(
         Op::of(std::bit_cast<double>(a), std::bit_cast<double>(b), std::bit_cast<double>(c)));
   });
@@ -209,18 +205,19 @@ void decode_sign(const ptx::Instruction& i, Assembler& a, Instr* instr) {
 template <bool kMax>
 void extreme_f32(Warp& w, const Instr& i, uint32_t mask) {
   const uint64_t flags = i.aux;
-  each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1,
-                                [flags, count = i.op_count](uint32_t a, uint32_t b, uint32_t c) {
-    float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
-    if (flags & kFtz) x = flush(x), y = flush(y), z = flush(z);
-    const uint32_t sign = (bits_of_f32(x) ^ bits_of_f32(y)) & 0x80000000u;
-    if (flags & kAbs) x = std::fabs(x), y = std::fabs(y);
-    if ((flags & kNanResult) && (x != x || y != y || (count > 3 && z != z))) return result(kNan);
-    float r = kMax ? ptx_max(x, y) : ptx_min(x, y);
-    if (count > 3) r = kMax ? ptx_max(r, z) : ptx_min(r, z);
-    if (flags & kXorsign) r = f32_of_bits((bits_of_f32(r) & 0x7fffffffu) | sign);
-    return result(r);
-  });
+  each_lane<uint32_t, uint32_t>(
+      w, i, mask, i.op_count - 1, [flags, count = i.op_count](uint32_t a, uint32_t b, uint32_t c) {
+        float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
+        if (flags & kFtz) x = flush(x), y = flush(y), z = flush(z);
+        const uint32_t sign = (bits_of_f32(x) ^ bits_of_f32(y)) & 0x80000000u;
+        if (flags & kAbs) x = std::fabs(x), y = std::fabs(y);
+        if ((flags & kNanResult) && (x != x || y != y || (count > 3 && z != z)))
+          return result(kNan);
+        float r = kMax ? ptx_max(x, y) : ptx_min(x, y);
+        if (count > 3) r = kMax ? ptx_max(r, z) : ptx_min(r, z);
+        if (flags & kXorsign) r = f32_of_bits((bits_of_f32(r) & 0x7fffffffu) | sign);
+        return result(r);
+      });
 }
 
 template <bool kMax>
@@ -251,15 +248,15 @@ void testp(Warp& w, const Instr& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const T x = std::bit_cast<T>(a[lane]);
     const int kind = std::fpclassify(x);
-    const bool is[] = {std::isfinite(x),  std::isinf(x),     !std::isnan(x),
-                       std::isnan(x),     kind == FP_NORMAL, kind == FP_SUBNORMAL};
+    const bool is[] = {std::isfinite(x), std::isinf(x),     !std::isnan(x),
+                       std::isnan(x),    kind == FP_NORMAL, kind == FP_SUBNORMAL};
     value |= uint32_t{is[i.aux]} << lane;
   }
   w.write_predicate(i.ops[0], value, mask);
 }
 
 void decode_testp(const ptx::Instruction& i, Assembler& a, Instr* instr) {
-  static const char* const kTests[] = {"finite",   "infinite", "number",
+  static const char* const kTests[] = {"finite",     "infinite", "number",
                                        "notanumber", "normal",   "subnormal"};
   const bool wide = i.has("f64");
   for (uint64_t t = kFinite; t <= kSubnormal; ++t) {

@@ -61,10 +61,11 @@ struct Abs {
 // f applied to one or two values of 16 bits per lane.
 template <int kPack, class F>
 void each_half(Warp& w, const Instr& i, uint32_t mask, F f) {
-  each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1, [&](uint32_t a, uint32_t b, uint32_t c) {
-    const uint32_t low = f(a & 0xffff, b & 0xffff, c & 0xffff);
-    return kPack == 1 ? low : low | f(a >> 16, b >> 16, c >> 16) << 16;
-  });
+  each_lane<uint32_t, uint32_t>(
+      w, i, mask, i.op_count - 1, [&](uint32_t a, uint32_t b, uint32_t c) {
+        const uint32_t low = f(a & 0xffff, b & 0xffff, c & 0xffff);
+        return kPack == 1 ? low : low | f(a >> 16, b >> 16, c >> 16) << 16;
+      });
 }
 
 template <class Op, class T, int kPack>
@@ -112,8 +113,8 @@ struct Execs {
 
 void decode(const ptx::Instruction& i, Assembler& a, Instr* instr, const Execs& execs,
             Class klass) {
-  check_modifiers(i, {"rn", "ftz", "sat", "relu", "NaN", "xorsign", "abs", "approx", "f16",
-                      "f16x2", "bf16", "bf16x2"});
+  check_modifiers(i, {"rn", "ftz", "sat", "relu", "NaN", "xorsign", "abs", "approx", "f16", "f16x2",
+                      "bf16", "bf16x2"});
   const std::string type = i.types().at(0);
   const bool packed = type == "f16x2" || type == "bf16x2";
   instr->exec = type == "f16"     ? execs.f16

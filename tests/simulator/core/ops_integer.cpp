@@ -110,7 +110,8 @@ struct Abs {
 struct Sad {
   template <class T>
   static T of(T a, T b, T c) {
-    const Unsigned<T> distance = a < b ? Unsigned<T>(b) - Unsigned<T>(a) : Unsigned<T>(a) - Unsigned<T>(b);
+    const Unsigned<T> distance =
+        a < b ? Unsigned<T>(b) - Unsigned<T>(a) : Unsigned<T>(a) - Unsigned<T>(b);
     return static_cast<T>(Unsigned<T>(c) + distance);
   }
 };
@@ -210,8 +211,7 @@ void decode_chain(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   const std::string& name = i.opcode;
   const bool product = name == "mad" || name == "madc";
   instr->aux = (name.back() == 'c' ? 1 : 0) | (i.has("cc") ? 2 : 0) |
-               (name.rfind("sub", 0) == 0 ? 4 : 0) |
-               (product ? (i.has("hi") ? 16 : 8) : 0);
+               (name.rfind("sub", 0) == 0 ? 4 : 0) | (product ? (i.has("hi") ? 16 : 8) : 0);
   const int bits = bits_of(i.types().at(0));
   if (i.has("hi") && i.types()[0][0] == 's') unknown(i);
   instr->exec = bits == 64 ? chain<uint64_t> : chain<uint32_t>;

@@ -65,8 +65,10 @@ struct Warp {
   bool yield = false;       // set by an instruction: let the other warps run first
   std::vector<Path> paths;  // that wait for their turn; the running one is not among them
   std::vector<Join> joins;
-  int32_t join = -1;            // of the running path
-  std::vector<uint32_t> calls;  // of the running path
+  int32_t join = -1;                           // of the running path
+  std::vector<uint32_t> calls;                 // of the running path
+  uint32_t sync_arrived = 0, sync_passed = 0;  // lanes at a bar.warp.sync, and those that may go on
+  uint32_t cluster_phase = 0;                  // of the cluster's barrier, to wait for
 
   template <class T>
   T* lanes(Ref ref) {
