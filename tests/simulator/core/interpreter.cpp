@@ -9,6 +9,7 @@ namespace sim {
 namespace {
 
 constexpr uint64_t kTurn = 1 << 16;  // instructions before another warp has its turn
+constexpr uint32_t kPatience = 4;    // turns after which lanes no longer wait for others at a join
 constexpr int kIdleRounds = 8;       // rounds of all warps without progress: a deadlock
 
 std::string place(const Warp& w, int lane) {
@@ -44,6 +45,7 @@ bool resume(Warp& w) {
     w.pc = join.pc + 1;
     w.calls.resize(join.depth);
     w.join = join.parent;
+    w.turns = 0;
     join.expected = join.arrived = 0;
     // The calls of all lanes that meet here are the same; those of the last one to run are kept.
     while (!w.joins.empty() && w.joins.back().expected == 0) w.joins.pop_back();
@@ -57,6 +59,18 @@ bool resume(Warp& w) {
   w.join = path.join;
   w.calls = std::move(path.calls);
   return true;
+}
+
+// Lanes that wait at a join go on alone: others may spin until these have released a lock.
+void break_joins(Warp& w) {
+  for (Join& join : w.joins) {
+    if (join.arrived == 0) continue;
+    std::vector<uint32_t> calls(w.calls.begin(), w.calls.begin() + static_cast<long>(join.depth));
+    w.paths.push_back(Path{join.pc + 1, join.arrived, join.parent, std::move(calls)});
+    join.expected &= ~join.arrived;
+    join.arrived = 0;
+  }
+  w.turns = 0;
 }
 
 void rotate(Warp& w) {
@@ -192,6 +206,7 @@ uint64_t run_warp(Warp& w) {
       ++w.block->progress;
     }
   }
+  if (count == kTurn && ++w.turns == kPatience) break_joins(w);
   if (w.wait == Wait::kNothing) rotate(w);
   w.yield = false;
   return count;

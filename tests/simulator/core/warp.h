@@ -68,6 +68,7 @@ struct Warp {
   int32_t join = -1;                           // of the running path
   std::vector<uint32_t> calls;                 // of the running path
   uint32_t sync_arrived = 0, sync_passed = 0;  // lanes at a bar.warp.sync, and those that may go on
+  uint32_t turns = 0;                          // full ones since lanes last met at a join
   uint32_t cluster_phase = 0;                  // of the cluster's barrier, to wait for
 
   template <class T>
