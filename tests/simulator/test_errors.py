@@ -34,6 +34,12 @@ extern "C" __global__ void twice(float* x, int barrier) {
     if (barrier) __syncthreads();
   }
 }
+extern "C" __global__ void same_place(float* to, int step) {
+  __shared__ float s[32];
+  s[threadIdx.x % 32] = threadIdx.x / 32 * step;
+  __syncthreads();
+  to[threadIdx.x] = s[threadIdx.x % 32];
+}
 extern "C" __global__ void part(float* to, int written) {
   __shared__ float s[64];
   if (threadIdx.x < written) s[threadIdx.x] = threadIdx.x;
@@ -147,6 +153,13 @@ def test_missing_barrier_is_a_race():
 def test_warps_are_no_race_with_themselves():
     x = numbers(32)
     launch("twice", 32, [x, 0])
+
+
+def test_two_warps_may_store_the_same_value_in_one_place():
+    y = torch.ones(64)
+    launch("same_place", 64, [y, 0])
+    assert not y.any()
+    assert "warp 0 wrote" in wrong("race", "same_place", 64, [y, 1])
 
 
 def test_shared_memory_never_written():

@@ -89,6 +89,22 @@ void Checker::touch(const Warp& w, int lane, uint64_t offset, uint32_t bytes, Ac
   }
 }
 
+void Checker::touch_store(Warp& w, int lane, uint64_t offset, uint32_t bytes) {
+  storing_ = true;
+  touch(w, lane, offset, bytes, Access::kWrite);
+  storing_ = false;
+  w.clashed = !clashes_.empty();
+}
+
+void Checker::settle(Warp& w) {
+  for (const Clash& clash : clashes_) {
+    const uint8_t* now = w.block->shared.data() + clash.offset;
+    if (!std::equal(clash.before.begin(), clash.before.end(), now)) throw clash.fault;
+  }
+  clashes_.clear();
+  w.clashed = false;
+}
+
 uint32_t Checker::next(const Warp& w, int lane, uint64_t offset, uint32_t bytes, uint32_t state,
                        Access access, Event event) {
   const auto warp = static_cast<size_t>(w.index);
@@ -97,8 +113,9 @@ uint32_t Checker::next(const Warp& w, int lane, uint64_t offset, uint32_t bytes,
       memo.event == event) {
     return memo.next;
   }
+  const size_t clashes = clashes_.size();
   const uint32_t after = transition(w, lane, offset, bytes, state, access, event);
-  memo = Memo{state, versions_[warp], after, event, access};
+  if (clashes_.size() == clashes) memo = Memo{state, versions_[warp], after, event, access};
   return after;
 }
 
@@ -117,6 +134,7 @@ uint32_t Checker::transition(const Warp& w, int lane, uint64_t offset, uint32_t 
             "..", offset + bytes - 1, ", which were never written");
     }
   }
+  std::vector<Event> kept;
   for (const Event& write : before.writes) {
     if (access == Access::kAtomic && before.atomic) break;
     if (knows(w.index, write, async)) continue;
@@ -126,7 +144,15 @@ uint32_t Checker::transition(const Warp& w, int lane, uint64_t offset, uint32_t 
     if (async && knows(w.index, write, false)) {
       wrong(Kind::kAsync, write, " wrote, without fence.proxy.async");
     }
-    if (races_) wrong(Kind::kRace, write, " wrote, with no barrier between");
+    if (!races_) continue;
+    try {
+      wrong(Kind::kRace, write, " wrote, with no barrier between");
+    } catch (const Fault& race) {
+      if (!storing_) throw;
+      const uint8_t* at = w.block->shared.data() + offset;
+      clashes_.push_back({offset, {at, at + bytes}, race});
+      kept.push_back(write);
+    }
   }
   State after;
   if (reads) {
@@ -141,6 +167,7 @@ uint32_t Checker::transition(const Warp& w, int lane, uint64_t offset, uint32_t 
     }
     if (races_) wrong(Kind::kRace, read, " read, with no barrier between");
   }
+  after.writes = kept;
   if (access == Access::kAtomic) {
     if (before.atomic) after.writes = before.writes;
     after.atomic = true;
@@ -209,7 +236,11 @@ uint8_t* touched(Warp& w, int lane, uint64_t offset, uint32_t bytes, Access acce
   if (offset % alignment != 0) {
     fault(Kind::kMisaligned, lane, "shared address ", offset, " is no multiple of ", alignment);
   }
-  w.block->checker->touch(w, lane, offset, bytes, access, async);
+  if (access == Access::kWrite) {
+    w.block->checker->touch_store(w, lane, offset, bytes);
+  } else {
+    w.block->checker->touch(w, lane, offset, bytes, access, async);
+  }
   return w.block->shared.data() + offset;
 }
 

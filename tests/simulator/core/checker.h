@@ -45,6 +45,11 @@ class Checker {
   // One lane's access. The event is that of the warp, or `async` for the asynchronous kinds.
   void touch(const Warp& w, int lane, uint64_t offset, uint32_t bytes, Access access,
              Event async = {});
+  // A store by the warp, like touch with kWrite. Two warps may store one value in one place, as
+  // Triton does where they hold the same data: it sets w.clashed, and settle, called when the bytes
+  // are there, throws if they differ.
+  void touch_store(Warp& w, int lane, uint64_t offset, uint32_t bytes);
+  void settle(Warp& w);
   size_t bytes() const { return states_.size(); }
 
   void release(int warp, Knowledge* into);  // what came before is known to who acquires it
@@ -67,6 +72,11 @@ class Checker {
     Event event{};
     Access access{};
   };
+  struct Clash {
+    uint64_t offset;
+    std::vector<uint8_t> before;
+    Fault fault;
+  };
   static constexpr size_t kMemos = 512;
 
   uint32_t next(const Warp& w, int lane, uint64_t offset, uint32_t bytes, uint32_t state,
@@ -85,6 +95,8 @@ class Checker {
   std::vector<Knowledge> known_;  // per warp
   std::vector<uint32_t> versions_;
   std::vector<std::array<Memo, kMemos>> memos_;
+  bool storing_ = false;
+  std::vector<Clash> clashes_;  // of stores, until it is known what they stored
 };
 
 // wgmma and bulk copies read through the asynchronous proxy: ordered like `async`.

@@ -163,6 +163,7 @@ bool step(Warp& w, const Instr& instr, uint32_t mask) {
   switch (instr.flow) {
     case Flow::kNext:
       if (mask) instr.exec(w, instr, mask);
+      if (w.clashed) w.block->checker->settle(w);
       ++w.pc;
       return true;
     case Flow::kBranch:

@@ -63,6 +63,7 @@ struct Warp {
   uint32_t pc;      // index of the instruction that runs
   Wait wait = Wait::kNothing;
   bool yield = false;       // set by an instruction: let the other warps run first
+  bool clashed = false;     // a store wrote where another warp did (checker.h)
   std::vector<Path> paths;  // that wait for their turn; the running one is not among them
   std::vector<Join> joins;
   int32_t join = -1;                           // of the running path
