@@ -3,10 +3,12 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
 #include "checker.h"
+#include "mbarrier.h"
 #include "memory.h"
 #include "ops_barrier.h"
 #include "warp.h"
@@ -22,7 +24,9 @@ struct Block {
   std::vector<uint8_t> shared;
   std::unique_ptr<Checker> checker;
   std::array<Barrier, kBarriers> barriers;
-  Knowledge cluster_knowledge;         // of all that have come to the cluster's barrier
+  Knowledge cluster_knowledge;             // of all that have come to the cluster's barrier
+  std::map<uint64_t, Mbarrier> mbarriers;  // by offset in shared memory
+  int mbarriers_made = 0;
   std::vector<uint8_t> local;          // [warp][lane][local_bytes]
   std::vector<uint8_t> local_written;  // likewise, 1 where written
   uint32_t local_bytes = 0;

@@ -51,6 +51,11 @@ void Knowledge::join(const Knowledge& other) {
   sim::join(&async, other.async);
 }
 
+void Knowledge::learn(Event event) {
+  if (generic.size() <= event.actor) generic.resize(event.actor + 1);
+  generic[event.actor] = std::max(generic[event.actor], event.clock);
+}
+
 Checker::Checker(size_t bytes, int warps, bool races)
     : warps_(warps), races_(races), states_(bytes), memos_(static_cast<size_t>(warps)) {
   versions_.resize(static_cast<size_t>(warps));
@@ -215,9 +220,7 @@ void Checker::acquire(int warp, const Knowledge& from) {
 }
 
 void Checker::learn(int warp, Event event) {
-  std::vector<Clock>& clocks = known_[static_cast<size_t>(warp)].generic;
-  if (clocks.size() <= event.actor) clocks.resize(event.actor + 1);
-  clocks[event.actor] = std::max(clocks[event.actor], event.clock);
+  known_[static_cast<size_t>(warp)].learn(event);
   ++versions_[static_cast<size_t>(warp)];
 }
 

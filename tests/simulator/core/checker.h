@@ -33,6 +33,7 @@ struct Event {
 struct Knowledge {
   std::vector<Clock> generic, async;
   void join(const Knowledge& other);
+  void learn(Event event);
 };
 
 enum class Access : uint8_t { kRead, kWrite, kAtomic, kAsyncRead, kAsyncWrite };

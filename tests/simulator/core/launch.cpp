@@ -61,6 +61,8 @@ class Worker {
     block_.checker->reset();
     block_.barriers = {};
     block_.cluster_knowledge = {};
+    block_.mbarriers.clear();
+    block_.mbarriers_made = 0;
     std::fill(block_.local_written.begin(), block_.local_written.end(), uint8_t{0});
     block_.progress = 0;
     for (size_t i = 0; i < block_.warps.size(); ++i) reset(static_cast<int>(i));

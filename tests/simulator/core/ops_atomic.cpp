@@ -9,9 +9,6 @@
 namespace sim {
 namespace {
 
-// The new value from the old one and the operands, as bits.
-using Update = uint64_t (*)(uint64_t old, uint64_t b, uint64_t c);
-
 struct Atomic {
   Where where;
   uint32_t bytes, count;  // of an element; elements
@@ -98,20 +95,6 @@ Update half_update(const ptx::Instruction& i) {
   unknown(i);
 }
 
-Update update_of(const ptx::Instruction& i, const std::string& type, Where where) {
-  if (type == "u32") return integer_update<uint32_t>(i);
-  if (type == "s32") return integer_update<int32_t>(i);
-  if (type == "u64") return integer_update<uint64_t>(i);
-  if (type == "s64") return integer_update<int64_t>(i);
-  if (type[0] == 'b' && type[1] != 'f') return bit_update(i);
-  if (type.rfind("f16", 0) == 0) return half_update<f16_to_f32, f32_to_f16>(i);
-  if (type.rfind("bf16", 0) == 0) return half_update<bf16_to_f32, f32_to_bf16>(i);
-  if (!i.has("add")) unknown(i);
-  if (type == "f64") return add_real<double>;
-  if (type == "f32") return where == Where::kShared ? add_real<float> : add_flushing;
-  unknown(i);
-}
-
 template <class T>
 uint64_t exchange(uint8_t* at, Update update, uint64_t b, uint64_t c) {
   std::atomic_ref<T> word(*reinterpret_cast<T*>(at));
@@ -119,12 +102,6 @@ uint64_t exchange(uint8_t* at, Update update, uint64_t b, uint64_t c) {
   while (!word.compare_exchange_weak(old, static_cast<T>(update(old, b, c)))) {
   }
   return old;
-}
-
-uint64_t apply(uint8_t* at, const Atomic& atomic, uint64_t b, uint64_t c) {
-  if (atomic.bytes == 2) return exchange<uint16_t>(at, atomic.update, b, c);
-  if (atomic.bytes == 4) return exchange<uint32_t>(at, atomic.update, b, c);
-  return exchange<uint64_t>(at, atomic.update, b, c);
 }
 
 uint64_t operand(Warp& w, Ref ref, uint32_t bytes, int lane) {
@@ -144,7 +121,7 @@ void run(Warp& w, const Instr& i, uint32_t mask) {
       if (!(mask >> lane & 1)) continue;
       const uint64_t b = operand(w, i.ops[first + e], atomic.bytes, lane);
       const uint64_t c = atomic.swaps ? operand(w, i.ops[first + 1], atomic.bytes, lane) : 0;
-      old[lane] = apply(at[lane] + e * atomic.bytes, atomic, b, c);
+      old[lane] = apply_update(at[lane] + e * atomic.bytes, atomic.bytes, atomic.update, b, c);
     }
     if (!atomic.returns) continue;
     if (atomic.bytes == 8) {
@@ -172,7 +149,7 @@ void decode(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   atomic.bytes = static_cast<uint32_t>(ptx::bytes_of(types[0]));
   atomic.returns = i.opcode == "atom";
   atomic.swaps = i.has("cas");
-  atomic.update = update_of(i, types[0], atomic.where);
+  atomic.update = update_of(i, types[0], atomic.where == Where::kShared);
   const size_t at = atomic.returns ? 1 : 0;
   const std::vector<ptx::Operand> sources = elements(i.operands.at(at + 1));
   atomic.count = static_cast<uint32_t>(sources.size());
@@ -198,6 +175,26 @@ void decode(const ptx::Instruction& i, Assembler& a, Instr* instr) {
 }
 
 }  // namespace
+
+Update update_of(const ptx::Instruction& i, const std::string& type, bool in_shared) {
+  if (type == "u32") return integer_update<uint32_t>(i);
+  if (type == "s32") return integer_update<int32_t>(i);
+  if (type == "u64") return integer_update<uint64_t>(i);
+  if (type == "s64") return integer_update<int64_t>(i);
+  if (type[0] == 'b' && type[1] != 'f') return bit_update(i);
+  if (type.rfind("f16", 0) == 0) return half_update<f16_to_f32, f32_to_f16>(i);
+  if (type.rfind("bf16", 0) == 0) return half_update<bf16_to_f32, f32_to_bf16>(i);
+  if (!i.has("add")) unknown(i);
+  if (type == "f64") return add_real<double>;
+  if (type == "f32") return in_shared ? add_real<float> : add_flushing;
+  unknown(i);
+}
+
+uint64_t apply_update(uint8_t* at, uint32_t bytes, Update update, uint64_t b, uint64_t c) {
+  if (bytes == 2) return exchange<uint16_t>(at, update, b, c);
+  if (bytes == 4) return exchange<uint32_t>(at, update, b, c);
+  return exchange<uint64_t>(at, update, b, c);
+}
 
 void add_atomics(Decoders* decoders) {
   (*decoders)["atom"] = decode;

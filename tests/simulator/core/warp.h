@@ -53,6 +53,11 @@ struct Profile {
   std::vector<Cost> global;  // took, minimum: 32-byte sectors
 };
 
+// The groups that are open now, counted from 1: those before are committed.
+struct AsyncState {
+  uint32_t copies = 1, bulk = 1;  // cp.async, cp.async.bulk
+};
+
 struct Warp {
   std::byte* bank[2];  // registers of this warp, constants of the launch
   Block* block;
@@ -70,7 +75,8 @@ struct Warp {
   std::vector<uint32_t> calls;                 // of the running path
   uint32_t sync_arrived = 0, sync_passed = 0;  // lanes at a bar.warp.sync, and those that may go on
   uint32_t turns = 0;                          // full ones since lanes last met at a join
-  uint32_t cluster_phase = 0;                  // of the cluster's barrier, to wait for
+  AsyncState async;
+  uint32_t cluster_phase = 0;  // of the cluster's barrier, to wait for
 
   template <class T>
   T* lanes(Ref ref) {
