@@ -1,0 +1,113 @@
+"""PTX text of small kernels: threads load words into registers, run a few instructions, store words."""
+
+import numpy as np
+
+from tests.simulator import Module
+
+_HEADER = """.version 8.7
+.target {target}
+.address_size 64
+.visible .entry kernel({params})
+{{
+  .reg .pred %p<8>;
+  .reg .b32 %tid, %smem;
+  .reg .b32 %a<160>, %b<160>, %c<160>, %d<160>, %r<32>;
+  .reg .b64 %base<{count}>, %x<32>;
+  {shared}
+  mov.u32 %tid, %tid.x;
+"""
+
+
+def kernel(body, target="sm_80", params=2, shared=0):
+    """The entry "kernel" of `params` pointers; %base<i> is parameter i + 4 * thread, %smem the shared memory."""
+    names = [f".param .u64 p{i}" for i in range(params)]
+    memory = f".shared .align 1024 .b8 memory[{shared}];" if shared else ""
+    text = _HEADER.format(target=target, params=", ".join(names), count=params, shared=memory)
+    for i in range(params):
+        text += f"  ld.param.u64 %base{i}, [p{i}];\n  mad.wide.u32 %base{i}, %tid, 4, %base{i};\n"
+    if shared:
+        text += "  mov.u32 %smem, memory;\n"
+    return text + body + "\n  ret;\n}\n"
+
+
+def load(registers, count, base=0, threads=32, first=0):
+    """registers<i> of thread t = word [first + i, t] of parameter `base`."""
+    at = 4 * threads
+    return "".join(f"  ld.global.b32 {registers}{i}, [%base{base} + {at * (first + i)}];\n" for i in range(count))
+
+
+def store(registers, count, base=1, threads=32):
+    at = 4 * threads
+    return "".join(f"  st.global.b32 [%base{base} + {at * i}], {registers}{i};\n" for i in range(count))
+
+
+def fill_shared(size, base=0, threads=32, at=0):
+    """Copies `size` bytes of parameter `base` to %smem + at; the caller places the barrier."""
+    text = f"  mad.lo.u32 %r31, %tid, 4, %smem;\n  add.u32 %r31, %r31, {at};\n"
+    for word in range(0, size, 4 * threads):
+        text += f"  ld.global.b32 %r30, [%base{base} + {word}];\n  st.shared.b32 [%r31 + {word}], %r30;\n"
+    return text
+
+
+def vector(registers, count):
+    return "{" + ", ".join(f"{registers}{i}" for i in range(count)) + "}"
+
+
+def run(text, *arrays, threads=32, **options):
+    """Launches the entry on one block and returns the counts."""
+    return Module(text).launch("kernel", 1, threads, list(arrays), **options)
+
+
+def words(*shape):
+    return np.zeros(shape, np.uint32)
+
+
+# Formats of matrix elements: {name: (bytes of one, value of every bit pattern)} for those of 8 and 16 bits.
+
+
+def _small_float(exponent_bits, mantissa_bits, has_infinity=True):
+    width = exponent_bits + mantissa_bits
+    code = np.arange(2 ** (width + 1))
+    exponent = (code >> mantissa_bits) & (2**exponent_bits - 1)
+    mantissa = code & (2**mantissa_bits - 1)
+    bias = 2 ** (exponent_bits - 1) - 1
+    fraction = mantissa / 2.0**mantissa_bits
+    value = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    top = exponent == 2**exponent_bits - 1
+    if has_infinity:
+        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
+    else:
+        value = np.where(top & (mantissa == 2**mantissa_bits - 1), np.nan, value)
+    return np.where(code >> width, -value, value)
+
+
+VALUES = {
+    "f16": _small_float(5, 10),
+    "bf16": _small_float(8, 7),
+    "e4m3": _small_float(4, 3, has_infinity=False),
+    "e5m2": _small_float(5, 2),
+    "s8": np.arange(256, dtype=np.uint8).view(np.int8).astype(float),
+    "u8": np.arange(256, dtype=float),
+}
+BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
+
+
+def values(codes, form):
+    """The numbers behind bit patterns; the low 13 bits of a tf32 do not count."""
+    if form == "tf32":
+        return (codes & np.uint32(0xFFFFE000)).view(np.float32).astype(float)
+    return VALUES[form][codes]
+
+
+def random_codes(rng, form, shape, integers):
+    """Bit patterns of small integers, or of any numbers of moderate size."""
+    if form == "tf32":
+        if integers:
+            return rng.integers(-8, 9, shape).astype(np.float32).view(np.uint32)
+        return rng.standard_normal(shape).astype(np.float32).view(np.uint32)
+    table = VALUES[form]
+    whole = (np.abs(table) <= 8) & (table == np.round(table))
+    moderate = (np.abs(table) > 2**-6) & (np.abs(table) < 16)
+    return rng.choice(np.flatnonzero(whole if integers else moderate), shape).astype(
+        {1: np.uint8, 2: np.uint16}[BYTES[form]]
+    )
