@@ -111,3 +111,47 @@ def random_codes(rng, form, shape, integers):
     return rng.choice(np.flatnonzero(whole if integers else moderate), shape).astype(
         {1: np.uint8, 2: np.uint16}[BYTES[form]]
     )
+
+
+# Fragments of the tensor cores, as the PTX ISA lays them out.
+
+_GROUP, _THREAD = np.arange(32) // 4, np.arange(32) % 4
+
+
+def _pack(source, row, column, per):
+    """[register][lane] words with `per` neighbours in k of source[row(register), column(register) + e]."""
+    registers = []
+    for r, c in zip(row, column):
+        elements = np.stack([source[r, c + e] for e in range(per)], -1)
+        registers.append(np.ascontiguousarray(elements).view(np.uint32)[:, 0])
+    return np.stack(registers)
+
+
+def fragments(a, b, per):
+    """PTX ISA: a0 (g, t), a1 (g + 8, t), a2 (g, t + half), a3 (g + 8, t + half); b0 (t, g), b1 (t + half, g)."""
+    half = 4 * per
+    starts = [_THREAD * per + k for k in range(0, a.shape[1], half)]
+    rows = [_GROUP, _GROUP + 8] * len(starts)
+    columns = [start for start in starts for _ in range(2)]
+    return _pack(a, rows, columns, per), _pack(np.ascontiguousarray(b.T), [_GROUP] * len(starts), starts, per)
+
+
+def accumulators(c, d):
+    """(16, 8) float64 to words: c0, c1 (g, 2 t + {0, 1}), c2, c3 (g + 8, 2 t + {0, 1}); f16 in pairs."""
+    parts = [c[_GROUP + row, 2 * _THREAD + e] for row in (0, 8) for e in (0, 1)]
+    if d == "f16":
+        pairs = np.stack(parts, -1).astype(np.float16).reshape(32, 4)
+        return np.ascontiguousarray(pairs.view(np.uint32).T)
+    return np.stack(parts).astype({"f32": np.float32, "s32": np.int32}[d]).view(np.uint32)
+
+
+def matrix(registers, d):
+    """The inverse of accumulators."""
+    if d == "f16":
+        parts = np.ascontiguousarray(registers.T).view(np.float16).T
+    else:
+        parts = registers.view({"f32": np.float32, "s32": np.int32}[d])
+    c = np.zeros((16, 8))
+    for part, (row, e) in zip(parts, [(0, 0), (0, 1), (8, 0), (8, 1)]):
+        c[_GROUP + row, 2 * _THREAD + e] = part
+    return c

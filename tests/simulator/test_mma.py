@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 
 from tests.simulator import SimulatorError
-from tests.simulator.ptx_kernels import BYTES, kernel, load, random_codes, run, store, values, vector, words
-
-LANE = np.arange(32)
-GROUP, THREAD = LANE // 4, LANE % 4
+from tests.simulator.ptx_kernels import (
+    BYTES,
+    accumulators,
+    fragments,
+    kernel,
+    load,
+    matrix,
+    random_codes,
+    run,
+    store,
+    values,
+    vector,
+    words,
+)
 
 # shape, d, a, b, target
 VARIANTS = [
@@ -22,45 +32,6 @@ VARIANTS = [
     *((f"m16n8k{k}", "s32", a, b, 80) for k in (16, 32) for a in ("s8", "u8") for b in ("s8", "u8")),
     *(("m16n8k32", "f32", a, b, 89) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")),
 ]
-
-
-def _pack(matrix, row, column, per):
-    """[register][lane] words with `per` neighbours in k of matrix[row(register), column(register) + e]."""
-    registers = []
-    for r, c in zip(row, column):
-        elements = np.stack([matrix[r, c + e] for e in range(per)], -1)
-        registers.append(np.ascontiguousarray(elements).view(np.uint32)[:, 0])
-    return np.stack(registers)
-
-
-def _fragments(a, b, per):
-    """PTX ISA: a0 (g, t), a1 (g + 8, t), a2 (g, t + half), a3 (g + 8, t + half); b0 (t, g), b1 (t + half, g)."""
-    half = 4 * per
-    starts = [THREAD * per + k for k in range(0, a.shape[1], half)]
-    rows = [GROUP, GROUP + 8] * len(starts)
-    columns = [start for start in starts for _ in range(2)]
-    return _pack(a, rows, columns, per), _pack(np.ascontiguousarray(b.T), [GROUP] * len(starts), starts, per)
-
-
-def _accumulators(c, d):
-    """(16, 8) float64 to words: c0, c1 (g, 2 t + {0, 1}), c2, c3 (g + 8, 2 t + {0, 1}); f16 in pairs."""
-    parts = [c[GROUP + row, 2 * THREAD + e] for row in (0, 8) for e in (0, 1)]
-    if d == "f16":
-        pairs = np.stack(parts, -1).astype(np.float16).reshape(32, 4)
-        return np.ascontiguousarray(pairs.view(np.uint32).T)
-    return np.stack(parts).astype({"f32": np.float32, "s32": np.int32}[d]).view(np.uint32)
-
-
-def _matrix(registers, d):
-    """The inverse of _accumulators."""
-    if d == "f16":
-        parts = np.ascontiguousarray(registers.T).view(np.float16).T
-    else:
-        parts = registers.view({"f32": np.float32, "s32": np.int32}[d])
-    c = np.zeros((16, 8))
-    for part, (row, e) in zip(parts, [(0, 0), (0, 1), (8, 0), (8, 1)]):
-        c[GROUP + row, 2 * THREAD + e] = part
-    return c
 
 
 def _text(shape, d, a, b, target, counts, suffix="", before="", guard=""):
@@ -78,13 +49,13 @@ def _text(shape, d, a, b, target, counts, suffix="", before="", guard=""):
 
 
 def _run(shape, d, a, b, target, codes_a, codes_b, c, **text):
-    fragment_a, fragment_b = _fragments(codes_a, codes_b, 4 // BYTES[a])
-    fragment_c = _accumulators(c, d)
+    fragment_a, fragment_b = fragments(codes_a, codes_b, 4 // BYTES[a])
+    fragment_c = accumulators(c, d)
     counts = len(fragment_a), len(fragment_b), len(fragment_c)
     out = words(len(fragment_c), 32)
     data = np.concatenate([fragment_a, fragment_b, fragment_c])
     counted = run(_text(shape, d, a, b, target, counts, **text), data, out)
-    return _matrix(out, d), counted
+    return matrix(out, d), counted
 
 
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "reals"])
