@@ -69,15 +69,30 @@ template <int K>
 using TileB = double[K][8];
 using TileC = double[16][8];
 
+using Row = double __attribute__((vector_size(64)));  // of 8 columns
+
 // c += a b
 template <int K>
 inline void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
-  for (int m = 0; m < 16; ++m) {
-    double sum[8] = {};
+  constexpr int kRows = 4;  // at a time: independent sums hide the latency of additions
+  for (int m = 0; m < 16; m += kRows) {
+    Row sum[kRows] = {}, line;
     for (int k = 0; k < K; ++k) {
-      for (int n = 0; n < 8; ++n) sum[n] += a[m][k] * b[k][n];
+      std::memcpy(&line, b[k], sizeof line);
+      for (int r = 0; r < kRows; ++r) sum[r] += a[m + r][k] * line;
     }
-    for (int n = 0; n < 8; ++n) c[m][n] += sum[n];
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < 8; ++n) c[m + r][n] += sum[r][n];
+    }
+  }
+}
+
+// The elements of a register, in the order of their bits.
+template <class T>
+inline void unpack(const uint32_t* words, double (*value)[kLanes]) {
+  for (int e = 0; e < 4 / T::kBytes; ++e) {
+    const int shift = 8 * T::kBytes * e % 32;
+    for (int lane = 0; lane < kLanes; ++lane) value[e][lane] = T::value(words[lane] >> shift);
   }
 }
 
@@ -88,10 +103,11 @@ template <class T, int K>
 inline void read_a(Warp& w, const Ref* refs, TileA<K>& a) {
   constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
   for (int r = 0; r < 2 * K / kHalf; ++r) {
-    const uint32_t* words = w.lanes<uint32_t>(refs[r]);
+    double value[kPer][kLanes];
+    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
     for (int lane = 0; lane < kLanes; ++lane) {
       double* row = a[lane / 4 + 8 * (r % 2)] + r / 2 * kHalf + lane % 4 * kPer;
-      for (int e = 0; e < kPer; ++e) row[e] = T::value(words[lane] >> (8 * T::kBytes * e % 32));
+      for (int e = 0; e < kPer; ++e) row[e] = value[e][lane];
     }
   }
 }
@@ -101,12 +117,11 @@ template <class T, int K>
 inline void read_b(Warp& w, const Ref* refs, TileB<K>& b) {
   constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
   for (int r = 0; r < K / kHalf; ++r) {
-    const uint32_t* words = w.lanes<uint32_t>(refs[r]);
+    double value[kPer][kLanes];
+    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int k = r * kHalf + lane % 4 * kPer;
-      for (int e = 0; e < kPer; ++e) {
-        b[k + e][lane / 4] = T::value(words[lane] >> (8 * T::kBytes * e % 32));
-      }
+      for (int e = 0; e < kPer; ++e) b[k + e][lane / 4] = value[e][lane];
     }
   }
 }
