@@ -1,5 +1,7 @@
 """PTX text of small kernels: threads load words into registers, run a few instructions, store words."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tests.simulator import Module
@@ -155,3 +157,56 @@ def matrix(registers, d):
     for part, (row, e) in zip(parts, [(0, 0), (0, 1), (8, 0), (8, 1)]):
         c[_GROUP + row, 2 * _THREAD + e] = part
     return c
+
+
+# Matrices in shared memory as wgmma reads them.
+
+MODES = {0: 0, 128: 1, 64: 2, 32: 3}  # bytes that a swizzle mixes -> its code in a descriptor
+
+
+def _swizzle(rows, width):
+    """Rows of `width` bytes behind one another, 16-byte chunks XORed as the tensor memory accelerator does."""
+    chunks = rows.reshape(len(rows), width // 16, 16)
+    row = np.arange(len(rows))[:, None] * width // 128 % (width // 16)
+    out = np.empty_like(chunks)
+    out[np.arange(len(rows))[:, None], np.arange(width // 16)[None] ^ row] = chunks
+    return out.reshape(-1)
+
+
+@dataclass
+class Placed:
+    """A matrix in shared memory: its bytes, and per step of k where it starts; offsets in bytes."""
+
+    data: np.ndarray
+    leading: int
+    stride: int
+    starts: list
+    swizzle: int
+
+    def descriptor(self, at, step):
+        fields = at + self.starts[step] >> 4 | self.leading >> 4 << 16 | self.stride >> 4 << 32
+        return fields | MODES[self.swizzle] << 62
+
+
+def place(codes, swizzle, k_major):
+    """Lays (mn, k) out; k is that of all steps."""
+    size = codes.itemsize
+    lines = codes if k_major else np.ascontiguousarray(codes.T)  # along memory, then across
+    line = np.ascontiguousarray(lines).view(np.uint8).reshape(len(lines), -1)
+    steps = codes.shape[1] * size // 32
+    if swizzle == 0:  # 8 x 16 bytes in one piece; the pieces across first, then along
+        cores = line.reshape(len(line) // 8, 8, -1, 16).transpose(2, 0, 1, 3)
+        along, across = 128 * cores.shape[1], 128
+        if k_major:
+            return Placed(cores.reshape(-1), along, across, [2 * along * s for s in range(steps)], 0)
+        return Placed(cores.reshape(-1), across, along, [2 * across * s for s in range(steps)], 0)
+    blocks = -(-line.shape[1] // swizzle)
+    padded = np.zeros((len(line), blocks * swizzle), np.uint8)
+    padded[:, : line.shape[1]] = line
+    parts = [_swizzle(padded[:, swizzle * b : swizzle * (b + 1)], swizzle) for b in range(blocks)]
+    if k_major:
+        per = swizzle // 32
+        starts = [len(parts[0]) * (s // per) + s % per * 32 for s in range(steps)]
+        return Placed(np.concatenate(parts), 16, 8 * swizzle, starts, swizzle)
+    starts = [16 * swizzle * s for s in range(steps)]
+    return Placed(np.concatenate(parts), len(parts[0]), 8 * swizzle, starts, swizzle)

@@ -4,16 +4,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.simulator import SimulatorError
+from tests.simulator.cuda import compile_cuda
 from tests.simulator.ptx_kernels import (
     BYTES,
+    MODES,
     accumulators,
     fill_shared,
     fragments,
     kernel,
     load,
     matrix,
+    place,
     random_codes,
     run,
     store,
@@ -27,55 +31,6 @@ BARRIER = "  bar.sync 0;\n"
 FENCE = "  wgmma.fence.sync.aligned;\n"
 COMMIT = "  wgmma.commit_group.sync.aligned;\n"
 WAIT = "  wgmma.wait_group.sync.aligned 0;\n"
-MODES = {0: 0, 128: 1, 64: 2, 32: 3}  # bytes that a swizzle mixes -> its code in a descriptor
-
-
-def _swizzle(rows, width):
-    """Rows of `width` bytes behind one another, 16-byte chunks XORed as the tensor memory accelerator does."""
-    chunks = rows.reshape(len(rows), width // 16, 16)
-    row = np.arange(len(rows))[:, None] * width // 128 % (width // 16)
-    out = np.empty_like(chunks)
-    out[np.arange(len(rows))[:, None], np.arange(width // 16)[None] ^ row] = chunks
-    return out.reshape(-1)
-
-
-@dataclass
-class Placed:
-    """A matrix in shared memory: its bytes, and per step of k where it starts; offsets in bytes."""
-
-    data: np.ndarray
-    leading: int
-    stride: int
-    starts: list
-    swizzle: int
-
-    def descriptor(self, at, step):
-        fields = at + self.starts[step] >> 4 | self.leading >> 4 << 16 | self.stride >> 4 << 32
-        return fields | MODES[self.swizzle] << 62
-
-
-def place(codes, swizzle, k_major):
-    """Lays (mn, k) out; k is that of all steps."""
-    size = codes.itemsize
-    lines = codes if k_major else np.ascontiguousarray(codes.T)  # along memory, then across
-    line = np.ascontiguousarray(lines).view(np.uint8).reshape(len(lines), -1)
-    steps = codes.shape[1] * size // 32
-    if swizzle == 0:  # 8 x 16 bytes in one piece; the pieces across first, then along
-        cores = line.reshape(len(line) // 8, 8, -1, 16).transpose(2, 0, 1, 3)
-        along, across = 128 * cores.shape[1], 128
-        if k_major:
-            return Placed(cores.reshape(-1), along, across, [2 * along * s for s in range(steps)], 0)
-        return Placed(cores.reshape(-1), across, along, [2 * across * s for s in range(steps)], 0)
-    blocks = -(-line.shape[1] // swizzle)
-    padded = np.zeros((len(line), blocks * swizzle), np.uint8)
-    padded[:, : line.shape[1]] = line
-    parts = [_swizzle(padded[:, swizzle * b : swizzle * (b + 1)], swizzle) for b in range(blocks)]
-    if k_major:
-        per = swizzle // 32
-        starts = [len(parts[0]) * (s // per) + s % per * 32 for s in range(steps)]
-        return Placed(np.concatenate(parts), 16, 8 * swizzle, starts, swizzle)
-    starts = [16 * swizzle * s for s in range(steps)]
-    return Placed(np.concatenate(parts), len(parts[0]), 8 * swizzle, starts, swizzle)
 
 
 @dataclass
@@ -375,3 +330,64 @@ def test_needs(kind, threads, target):
     with pytest.raises(SimulatorError) as error:
         run(kernel(FENCE, target), words(1), words(1), threads=threads)
     assert error.value.kind == kind
+
+
+# What nvcc makes of inline assembly: accumulators that live in a loop.
+
+SUMS = ", ".join(f"%{i}" for i in range(32))
+TIED = ", ".join(f'"+f"(d[{i}])' for i in range(32))
+GEMM = f"""
+#include <stdint.h>
+__device__ uint64_t describe(const void* tile) {{
+  const uint64_t at = __cvta_generic_to_shared(tile);
+  return (at & 0x3ffff) >> 4 | uint64_t{{1024 >> 4}} << 32 | uint64_t{{1}} << 62;
+}}
+__device__ void mma(float (&d)[32], uint64_t a, uint64_t b) {{
+  asm volatile("{{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{SUMS}}}, %32, %33, p, 1, 1, 0, 0; }}"
+               : {TIED} : "l"(a), "l"(b));
+}}
+// out (64, 64) = a (64, k) b (64, k)^T, rows of bf16, k a multiple of 64.
+extern "C" __global__ void gemm(const uint4* a, const uint4* b, float* out, int k) {{
+  __shared__ __align__(1024) uint4 sa[64][8], sb[64][8];
+  float d[32] = {{}};
+  for (int k0 = 0; k0 < k; k0 += 64) {{
+    for (int i = threadIdx.x; i < 512; i += 128) {{
+      const int row = i / 8, chunk = i % 8, from = (row * k + k0) / 8 + chunk;
+      sa[row][chunk ^ row % 8] = a[from];
+      sb[row][chunk ^ row % 8] = b[from];
+    }}
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    for (int step = 0; step < 4; ++step) mma(d, describe(sa) + 2 * step, describe(sb) + 2 * step);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    __syncthreads();
+  }}
+  for (int i = 0; i < 32; ++i) {{
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
+    out[row * 64 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] = d[i];
+  }}
+}}
+"""
+
+
+def _gemm(source):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, (64, 256), generator=generator).bfloat16() for _ in range(2))
+    out = torch.zeros(64, 64)
+    compile_cuda(source, "90a").launch("gemm", 1, 128, [a, b, out, 256])
+    assert torch.equal(out, a.float() @ b.float().T)
+
+
+def test_nvcc():
+    _gemm(GEMM)
+
+
+@pytest.mark.parametrize("forgotten", ["wgmma.wait_group.sync.aligned 0;", "fence.proxy.async.shared::cta;"])
+def test_nvcc_forgets(forgotten):
+    assert forgotten in GEMM
+    with pytest.raises(SimulatorError) as error:
+        _gemm(GEMM.replace(forgotten, ""))
+    assert error.value.kind == "async"
