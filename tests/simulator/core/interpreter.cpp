@@ -162,6 +162,7 @@ uint32_t guard_mask(Warp& w, const Instr& instr) {
 bool step(Warp& w, const Instr& instr, uint32_t mask) {
   switch (instr.flow) {
     case Flow::kNext:
+      if (mask && w.wgmma.pending) guard_wgmma_registers(w, instr, mask);
       if (mask) instr.exec(w, instr, mask);
       if (w.clashed) w.block->checker->settle(w);
       ++w.pc;

@@ -1,8 +1,12 @@
 // The tensor-core families: mma, ldmatrix, wgmma.
-#include "program.h"
+#include "ops_tensor.h"
 
 namespace sim {
 
-void add_tensor(Decoders*) {}
+void add_tensor(Decoders* decoders) {
+  add_mma(decoders);
+  add_ldmatrix(decoders);
+  add_wgmma(decoders);
+}
 
 }  // namespace sim

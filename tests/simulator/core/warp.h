@@ -58,6 +58,17 @@ struct AsyncState {
   uint32_t copies = 1, bulk = 1;  // cp.async, cp.async.bulk
 };
 
+// The wgmma operations of a warp (ops_wgmma.cpp). Their groups are numbered from 1.
+struct WgmmaState {
+  bool pending = false;  // some are not waited for: their registers are guarded
+  bool fenced = false;   // by a wgmma.fence
+  bool waiting = false;
+  uint32_t waits = 0;                      // that this warp came to
+  uint32_t group = 1, last = 0, done = 0;  // now open; with operations; waited for
+  uint64_t digest = 0;                     // of what was issued, the same in the warps of a group
+  std::vector<uint32_t> slots;             // per 64 bytes of registers: 2 group + is accumulator
+};
+
 struct Warp {
   std::byte* bank[2];  // registers of this warp, constants of the launch
   Block* block;
@@ -77,6 +88,7 @@ struct Warp {
   uint32_t turns = 0;                          // full ones since lanes last met at a join
   AsyncState async;
   uint32_t cluster_phase = 0;  // of the cluster's barrier, to wait for
+  WgmmaState wgmma;
 
   template <class T>
   T* lanes(Ref ref) {
@@ -99,6 +111,9 @@ struct Warp {
     d = (d & ~mask) | (value & mask);
   }
 };
+
+// Faults where an instruction uses a register of a wgmma that the warp has not waited for.
+void guard_wgmma_registers(Warp&, const Instr&, uint32_t mask);
 
 inline int first_lane(uint32_t mask) { return __builtin_ctz(mask); }
 

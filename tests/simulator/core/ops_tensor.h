@@ -1,0 +1,207 @@
+// What the tensor-core families share: the formats of elements, and one m16n8 tile's product.
+//
+// Products are exact, their sum is a double, and the accumulator is added and rounded once, to
+// nearest. Hardware aligns the products of a few k to the largest and cuts off what lies below some
+// 25 bits, so that its last bit can differ from ours.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "numbers.h"
+#include "program.h"
+#include "warp.h"
+
+namespace sim {
+
+void add_mma(Decoders*);
+void add_ldmatrix(Decoders*);
+void add_wgmma(Decoders*);
+
+// .aligned: every lane of the warp executes the instruction.
+inline void need_whole_warp(uint32_t mask) {
+  if (mask == kAll) return;
+  fault(Kind::kDivergence, first_lane(~mask), "a lane is absent, all 32 have to be there");
+}
+
+// The elements of A and B: bytes of one, and its value from the low bits of a word.
+struct F16 {
+  static constexpr int kBytes = 2;
+  static double value(uint32_t word) { return f16_to_f32(word & 0xffff); }
+};
+struct Bf16 {
+  static constexpr int kBytes = 2;
+  static double value(uint32_t word) { return bf16_to_f32(word & 0xffff); }
+};
+struct Tf32 {  // a float whose last 13 bits do not count
+  static constexpr int kBytes = 4;
+  static double value(uint32_t word) { return f32_of_bits(word & 0xffffe000u); }
+};
+struct E4m3 {
+  static constexpr int kBytes = 1;
+  static double value(uint32_t word) {
+    static const std::array<double, 256> table = [] {
+      std::array<double, 256> values;
+      for (uint32_t i = 0; i < 256; ++i) values[i] = e4m3_to_f32(i);
+      return values;
+    }();
+    return table[word & 0xff];
+  }
+};
+struct E5m2 {
+  static constexpr int kBytes = 1;
+  static double value(uint32_t word) { return e5m2_to_f32(word & 0xff); }
+};
+struct S8 {
+  static constexpr int kBytes = 1;
+  static double value(uint32_t word) { return static_cast<int8_t>(word & 0xff); }
+};
+struct U8 {
+  static constexpr int kBytes = 1;
+  static double value(uint32_t word) { return word & 0xff; }
+};
+
+template <int K>
+using TileA = double[16][K];
+template <int K>
+using TileB = double[K][8];
+using TileC = double[16][8];
+
+using Row = double __attribute__((vector_size(64)));  // of 8 columns
+
+// c += a b
+template <int K>
+inline void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
+  constexpr int kRows = 4;  // at a time: independent sums hide the latency of additions
+  for (int m = 0; m < 16; m += kRows) {
+    Row sum[kRows] = {}, line;
+    for (int k = 0; k < K; ++k) {
+      std::memcpy(&line, b[k], sizeof line);
+      for (int r = 0; r < kRows; ++r) sum[r] += a[m + r][k] * line;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < 8; ++n) c[m + r][n] += sum[r][n];
+    }
+  }
+}
+
+// The elements of a register, in the order of their bits.
+template <class T>
+inline void unpack(const uint32_t* words, double (*value)[kLanes]) {
+  for (int e = 0; e < 4 / T::kBytes; ++e) {
+    const int shift = 8 * T::kBytes * e % 32;
+    for (int lane = 0; lane < kLanes; ++lane) value[e][lane] = T::value(words[lane] >> shift);
+  }
+}
+
+// A fragment in registers: lane 4 g + t holds, per 32-bit register, neighbours in k from row g or
+// g + 8. a0, a1: rows g, g + 8 of the first half of k; a2, a3: of the second. PTX ISA, "Matrix
+// Fragments for mma.m16n8k16" and the other shapes, which differ only in elements per register.
+template <class T, int K>
+inline void read_a(Warp& w, const Ref* refs, TileA<K>& a) {
+  constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
+  for (int r = 0; r < 2 * K / kHalf; ++r) {
+    double value[kPer][kLanes];
+    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      double* row = a[lane / 4 + 8 * (r % 2)] + r / 2 * kHalf + lane % 4 * kPer;
+      for (int e = 0; e < kPer; ++e) row[e] = value[e][lane];
+    }
+  }
+}
+
+// B likewise: column g, b0 the first half of k, b1 the second.
+template <class T, int K>
+inline void read_b(Warp& w, const Ref* refs, TileB<K>& b) {
+  constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
+  for (int r = 0; r < K / kHalf; ++r) {
+    double value[kPer][kLanes];
+    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int k = r * kHalf + lane % 4 * kPer;
+      for (int e = 0; e < kPer; ++e) b[k + e][lane / 4] = value[e][lane];
+    }
+  }
+}
+
+// Accumulators: lane 4 g + t holds columns 2 t, 2 t + 1 of row g, then of row g + 8.
+struct SumF32 {
+  static constexpr int kRegisters = 4;
+  static void read(Warp& w, const Ref* refs, TileC& c) {
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t* words = w.lanes<uint32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2] = f32_of_bits(words[lane]);
+      }
+    }
+  }
+  static void write(Warp& w, const Ref* refs, const TileC& c, bool) {
+    for (int r = 0; r < 4; ++r) {
+      uint32_t* words = w.lanes<uint32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const double value = c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2];
+        words[lane] = bits_of_f32(static_cast<float>(value));
+      }
+    }
+  }
+};
+
+// Rounded once: the float between is odd where it is not exact.
+inline uint32_t f64_to_f16(double x) {
+  const float nearest = static_cast<float>(x);
+  uint32_t bits = bits_of_f32(nearest);
+  if (std::isfinite(nearest) && nearest != x && !(bits & 1)) {
+    bits += std::fabs(x) > std::fabs(nearest) ? 1 : -1u;
+  }
+  return f32_to_f16(f32_of_bits(bits));
+}
+
+struct SumF16 {
+  static constexpr int kRegisters = 2;
+  static void read(Warp& w, const Ref* refs, TileC& c) {
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t* words = w.lanes<uint32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        double* pair = c[lane / 4 + 8 * r] + lane % 4 * 2;
+        pair[0] = f16_to_f32(words[lane] & 0xffff);
+        pair[1] = f16_to_f32(words[lane] >> 16);
+      }
+    }
+  }
+  static void write(Warp& w, const Ref* refs, const TileC& c, bool) {
+    for (int r = 0; r < 2; ++r) {
+      uint32_t* words = w.lanes<uint32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const double* pair = c[lane / 4 + 8 * r] + lane % 4 * 2;
+        words[lane] = f64_to_f16(pair[0]) | f64_to_f16(pair[1]) << 16;
+      }
+    }
+  }
+};
+
+// Integers wrap, or stay in range with .satfinite; a double holds every sum exactly.
+struct SumS32 {
+  static constexpr int kRegisters = 4;
+  static void read(Warp& w, const Ref* refs, TileC& c) {
+    for (int r = 0; r < 4; ++r) {
+      const int32_t* words = w.lanes<int32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2] = words[lane];
+      }
+    }
+  }
+  static void write(Warp& w, const Ref* refs, const TileC& c, bool saturate) {
+    for (int r = 0; r < 4; ++r) {
+      uint32_t* words = w.lanes<uint32_t>(refs[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        double value = c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2];
+        if (saturate) value = std::fmin(std::fmax(value, -0x1p31), 0x1p31 - 1);
+        words[lane] = static_cast<uint32_t>(static_cast<int64_t>(value));
+      }
+    }
+  }
+};
+
+}  // namespace sim
