@@ -1,5 +1,6 @@
 """Compiles the simulator's core with ninja when it is first used; later uses find it as it is."""
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -12,7 +13,7 @@ from pathlib import Path
 import pybind11
 
 _SOURCES = Path(__file__).parent / "core"
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 _FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=off -Wall -Wextra -fPIC -fvisibility=hidden -pthread"
 
 
@@ -22,8 +23,20 @@ def _ninja():
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def _digest(*parts):
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:12]
+def folder_of(*parts):
+    """Where a build that depends on these lies."""
+    return ROOT / "build/simulator" / hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+def run_ninja(folder, text, what):
+    """Build what the ninja file `text` says, one process at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text(text)
+        done = subprocess.run([_ninja()], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{what} did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
 
 
 def _ninja_file(compiler, includes):
@@ -48,12 +61,8 @@ def core():
     includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
     flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "")
-    folder = _ROOT / "build/simulator" / _digest(compiler, includes, flags, _FLAGS, sys.version)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(_ninja_file(compiler, includes))
-    done = subprocess.run([_ninja()], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the simulator did not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+    folder = folder_of(compiler, includes, flags, _FLAGS, sys.version)
+    run_ninja(folder, _ninja_file(compiler, includes), "the simulator")
     spec = importlib.util.spec_from_file_location("simulator_core", folder / "simulator_core.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-#include "bindings/cuda_stream.h"
+#include "bindings/cuda_device.h"
 
 #include <dlfcn.h>
 
@@ -9,6 +9,7 @@ namespace {
 
 using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
 
+// Exported by CUDA builds of Torch alone, so it is looked up at run time.
 CurrentStream find_current_stream() {
   constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
   if (void* found = dlsym(RTLD_DEFAULT, kName)) return reinterpret_cast<CurrentStream>(found);
@@ -18,13 +19,23 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
-void* current_cuda_stream(int32_t device_index) {
+CudaDevice::CudaDevice(int32_t index) : index_(index), guard_(index) {}
+
+void* CudaDevice::stream() const {
   static const CurrentStream current_stream = find_current_stream();
   FL_CHECK(current_stream != nullptr, "this torch is not a CUDA build: it has no CUDA streams");
   void* stream = nullptr;
-  FL_CHECK(current_stream(device_index, &stream) == 0, "no current stream on CUDA device ",
-           device_index);
+  FL_CHECK(current_stream(index_, &stream) == 0, "no current stream on CUDA device ", index_);
   return stream;
+}
+
+bool CudaDevice::holds(const TensorRef& tensor) const {
+  return tensor.device_type() == aoti_torch_device_type_cuda() && tensor.device_index() == index_;
+}
+
+Tensor CudaDevice::empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, index_);
+  return torch::stable::empty(sizes, dtype, std::nullopt, device);
 }
 
 }  // namespace fl

@@ -1,0 +1,77 @@
+"""The shipped CUDA launchers and bindings, compiled with the simulator's runtime in libcudart's place.
+
+The operators are registered as torch.ops.fastlayers_simulated for CPU tensors; tests/simulator/install.py puts
+torch.ops.fastlayers_simulator before them.
+"""
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.simulator.build import ROOT, folder_of, run_ninja
+
+sys.path.insert(0, str(ROOT / "build_tools"))
+import native  # noqa: E402
+
+sys.path.pop(0)
+
+NAMESPACE = "fastlayers_simulated"
+_RUNTIME = Path(__file__).parent / "runtime"
+_ARCHS = ("75", "80", "90a")
+_COMMON = "-std=c++20 -O2 -Icsrc -Itests/simulator/runtime"
+_HOST = "-fPIC -fvisibility=hidden -Wall -Wextra"
+
+
+def _sources():
+    """The CUDA side of csrc: kernels, bindings, and what they share; not the CPU operators."""
+    for source in sorted((ROOT / "csrc").rglob("*.c*")):
+        replaced = source.name == "cuda_device.cpp"
+        for_cpu = source.name.startswith("cpu_") or "TORCH_LIBRARY_IMPL(fastlayers," in source.read_text()
+        if source.suffix in (".cpp", ".cu") and not for_cpu and not replaced:
+            yield source
+    yield from sorted(_RUNTIME.glob("*.cpp"))
+
+
+def _ninja_file(nvcc, host_compiler, torch_root):
+    gencode = " ".join(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in _ARCHS)
+    torch_flags = (
+        f"-DTORCH_TARGET_VERSION=0x{native.TORCH_FLOOR[0]:02x}{native.TORCH_FLOOR[1]:02x}000000000000"
+        f" -isystem {torch_root}/include -DFL_NAMESPACE={NAMESPACE} -DFL_CUDA_KEY=CPU"
+    )
+    lines = [
+        "rule nvcc",
+        f"  command = cd {ROOT} && {nvcc} -MD -MF $out.d -ccbin {host_compiler} {_COMMON}"
+        f" -Xcompiler {_HOST.replace(' ', ',')} $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {host_compiler} -shared -o $out $in -L{torch_root}/lib -ltorch_cpu -lc10"
+        " -Wl,--no-undefined -Wl,-Bsymbolic",
+    ]
+    objects = []
+    for source in _sources():
+        name = "_".join(source.relative_to(ROOT).parts) + ".o"
+        kernels = f"-O3 -lineinfo --no-compress {gencode}"
+        lines += [f"build $dir/{name}: nvcc {source}", f"  extra = {kernels if source.suffix == '.cu' else torch_flags}"]
+        objects.append(f"$dir/{name}")
+    lines += [f"build $dir/libsimulated.so: link {' '.join(objects)}", ""]
+    return lines
+
+
+@functools.cache
+def library():
+    """The loaded library as ctypes sees it; building it takes half a minute, once. Raises BuildError without nvcc."""
+    found = native.check_nvcc()
+    if found is None:
+        raise native.BuildError("the simulator of the CUDA kernels needs nvcc; install the CUDA toolkit or set NVCC.")
+    nvcc, version = " ".join(found[0]), found[1]
+    compiler = native.host_compiler(native.compiler()[0])
+    torch_root = Path(torch.__file__).parent
+    folder = folder_of("library", nvcc, version, compiler, torch_root, torch.__version__)
+    lines = [f"dir = {folder}", *_ninja_file(nvcc, compiler, torch_root)]
+    run_ninja(folder, "\n".join(lines), "the simulated library")
+    torch.ops.load_library(str(folder / "libsimulated.so"))
+    return ctypes.CDLL(str(folder / "libsimulated.so"))

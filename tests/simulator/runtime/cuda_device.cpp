@@ -1,0 +1,30 @@
+// csrc/bindings/cuda_device.h where the device is the simulator: its tensors are CPU tensors.
+#include "bindings/cuda_device.h"
+
+#include <cstring>
+
+#include "runtime.h"
+
+namespace fl {
+
+CudaDevice::CudaDevice(int32_t index) : index_(index) {}
+
+void* CudaDevice::stream() const { return nullptr; }
+
+bool CudaDevice::holds(const TensorRef& tensor) const {
+  return tensor.device_type() == aoti_torch_device_type_cpu() &&
+         !sim::simulator().on_host(tensor.data());
+}
+
+// Filled with ones, which are NaN in every floating dtype: what a kernel reads before it writes
+// shows.
+Tensor CudaDevice::empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+  Tensor tensor = torch::stable::empty(sizes, dtype);
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes == 0) return tensor;
+  std::memset(tensor.data_ptr(), 0xff, bytes);
+  sim::simulator().allocated(tensor.data_ptr(), bytes);
+  return tensor;
+}
+
+}  // namespace fl
