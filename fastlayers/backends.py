@@ -1,6 +1,9 @@
 """Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch)."""
 
+import functools
 import os
+
+import torch
 
 from fastlayers import _native
 
@@ -14,6 +17,15 @@ class BackendError(RuntimeError):
 _reasons = {}  # op -> backend -> function(facts) that returns None, or why the backend cannot serve the call
 _facts = {}  # op -> function(*args, **kwargs) of the public op, returning the facts of that call
 _forced = os.environ.get("FASTLAYERS_BACKEND") or None  # every call is served by this one, where set
+
+# Where the tensors of the backends cuda and triton lie, and the operators of cuda: tests/simulator puts a simulated
+# GPU there, whose tensors are on the CPU.
+cuda_device, cuda_operators = "cuda", torch.ops.fastlayers
+
+
+def operators(backend):
+    """The torch.ops namespace with the operators of the backend cpu or cuda."""
+    return cuda_operators if backend == "cuda" else torch.ops.fastlayers
 
 
 def register(op, *, facts, **reasons):
@@ -39,6 +51,20 @@ def native_reason(facts):
     if _native.cpu_isa == "none":
         return "the CPU kernels need x86-64 with AVX2 and FMA"
     return None
+
+
+def cuda_reason(facts):
+    """The same of the CUDA kernels."""
+    if facts["device"] != cuda_device:
+        return f"the tensors are on {facts['device']}, not on {cuda_device}"
+    if cuda_operators is torch.ops.fastlayers and not _cuda_built():
+        return _native.error or "the library was built without CUDA kernels; rebuild it where nvcc is found"
+    return None
+
+
+@functools.cache
+def _cuda_built():
+    return _native.error is None and bool(_native.build_info().get("cuda_archs"))
 
 
 def choose(op, facts, backend=None):

@@ -1,6 +1,5 @@
 """One step of Adam or AdamW for a list of parameters, in place, and the gradient norm for clipping."""
 
-import functools
 import importlib.util
 import os
 from itertools import chain
@@ -98,7 +97,7 @@ def grad_norm(grads, grad_scale=None, *, backend=None):
     if not grads:
         raise ValueError("grad_norm: wanted at least one gradient, got none")
     chosen = backends.choose("grad_norm", _norm_facts(grads), backend)
-    run = reference.grad_norm if chosen == "reference" else torch.ops.fastlayers.grad_norm
+    run = reference.grad_norm if chosen == "reference" else backends.operators(chosen).grad_norm
     return run(grads, grad_scale)
 
 
@@ -118,7 +117,7 @@ def _implementation(backend):
         from fastlayers.triton.adam import adam_step
 
         return adam_step
-    return reference.adam_step if backend == "reference" else torch.ops.fastlayers.adam_step
+    return reference.adam_step if backend == "reference" else backends.operators(backend).adam_step
 
 
 def _expanded(grads):
@@ -187,24 +186,15 @@ def _cpu_reason(facts):
 
 
 def _cuda_reason(facts):
-    if facts["device"] != "cuda":
-        return f"the tensors are on {facts['device']}, not on cuda"
-    if not _cuda_built():
-        return _native.error or "the library was built without CUDA kernels; rebuild it where nvcc is found"
-    return _dtype_reason(facts)
+    return backends.cuda_reason(facts) or _dtype_reason(facts)
 
 
 def _triton_reason(facts):
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if facts["device"] != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if facts["device"] != backends.cuda_device and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {facts['device']}, not on cuda (TRITON_INTERPRET=1 runs it on cpu)"
     return _dtype_reason(facts)
-
-
-@functools.cache
-def _cuda_built():
-    return _native.error is None and bool(_native.build_info().get("cuda_archs"))
 
 
 _NATIVE = {"cpu": _cpu_reason, "cuda": _cuda_reason}

@@ -1,6 +1,6 @@
 """The shipped CUDA launchers and bindings, compiled with the simulator's runtime in libcudart's place.
 
-The operators are registered as torch.ops.fastlayers_simulated for CPU tensors; tests/simulator/install.py puts
+The operators are registered as torch.ops.fastlayers_simulated for CPU tensors; tests/simulator/device.py puts
 torch.ops.fastlayers_simulator before them.
 """
 
@@ -55,7 +55,10 @@ def _ninja_file(nvcc, host_compiler, torch_root):
     for source in _sources():
         name = "_".join(source.relative_to(ROOT).parts) + ".o"
         kernels = f"-O3 -lineinfo --no-compress {gencode}"
-        lines += [f"build $dir/{name}: nvcc {source}", f"  extra = {kernels if source.suffix == '.cu' else torch_flags}"]
+        lines += [
+            f"build $dir/{name}: nvcc {source}",
+            f"  extra = {kernels if source.suffix == '.cu' else torch_flags}",
+        ]
         objects.append(f"$dir/{name}")
     lines += [f"build $dir/libsimulated.so: link {' '.join(objects)}", ""]
     return lines

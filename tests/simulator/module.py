@@ -19,7 +19,27 @@ class Module:
         self.kernels = self._program.kernels()
         self.target = self._program.target()
 
-    def launch(self, name, grid, block, args, shared=0, buffers=(), race_check=True, limit=2_000_000_000, threads=None):
+    def params(self, name):
+        """Bytes of each parameter."""
+        return [size for _, size in self._program.params(name)]
+
+    def facts(self, name):
+        """static_shared (bytes per block), local_bytes (per thread), max_threads (0: not limited), instructions."""
+        return self._program.facts(name)
+
+    def launch(
+        self,
+        name,
+        grid,
+        block,
+        args,
+        shared=0,
+        buffers=(),
+        race_check=True,
+        limit=2_000_000_000,
+        threads=None,
+        extents=(),
+    ):
         """Run one kernel and return what it did.
 
         grid, block: an int or up to three
@@ -28,6 +48,7 @@ class Module:
         buffers: further tensors and arrays that the kernel may touch
         limit:   warp instructions after which the launch is given up (kind timeout)
         threads: workers, by default one per core
+        extents: further memory, as (address, bytes, writable)
         returns  dict: total and classes (warp instructions), mma_flops, shared (accesses, wavefronts, minimum,
                  bytes), global (accesses, sectors, minimum, bytes), barriers, lines (the same per PTX instruction)
         raises   SimulatorError, which says what went wrong where
@@ -38,24 +59,29 @@ class Module:
         if len(params) != len(args):
             raise SimulatorError("arguments", f"{name} takes {len(params)} arguments, got {len(args)}")
         packed = bytearray(max((offset + size for offset, size in params), default=0))
-        memory = {}
         for index, (arg, (offset, size)) in enumerate(zip(args, params)):
             packed[offset : offset + size] = _bytes_of(arg, size, f"{name}: argument {index}")
-        for array in (*args, *buffers):
-            if not isinstance(array, int | float | bytes):
-                extent = _extent(array)
-                memory[extent[0]] = max(memory.get(extent[0], extent), extent)
+        arrays = [array for array in (*args, *buffers) if not isinstance(array, int | float | bytes)]
         return self._program.launch(
             name,
             _three(grid),
             _three(block),
             bytes(packed),
             shared,
-            list(memory.values()),
+            [*memory_of(arrays), *extents],
             race_check,
             limit,
             threads or os.cpu_count(),
         )
+
+
+def memory_of(arrays):
+    """(address, bytes, writable) of what lies behind tensors and numpy arrays, each piece of memory once."""
+    memory = {}
+    for array in arrays:
+        extent = _extent(array)
+        memory[extent[0]] = max(memory.get(extent[0], extent), extent)
+    return list(memory.values())
 
 
 def _three(sizes):

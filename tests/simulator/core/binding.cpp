@@ -48,6 +48,7 @@ class Program {
     py::dict d;
     d["static_shared"] = k.static_shared;
     d["local_bytes"] = k.local_bytes;
+    d["max_threads"] = k.required_threads ? k.required_threads : k.max_threads;
     d["instructions"] = k.sources.size();
     return d;
   }

@@ -1,6 +1,6 @@
 // The CUDA runtime that the simulated library is linked with instead of libcudart. It keeps what a
 // program may ask of a runtime (modules, functions, errors, a device of the chosen architecture)
-// and hands every launch to the simulator, which is Python's: tests/simulator/install.py.
+// and hands every launch to the simulator, which is Python's: tests/simulator/device.py.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,7 +37,7 @@ const Device& device();
 // The error becomes the last one, if it is one.
 cudaError_t remember(cudaError_t error);
 
-// The interface to Python, mirrored in tests/simulator/install.py.
+// The interface to Python, mirrored in tests/simulator/device.py.
 struct LaunchRequest {
   const char *name, *shown;  // as in the PTX; as people write it
   const char* ptx;
