@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fastlayers import ops
-from tests.backends import BACKENDS
+from fastlayers import backends, ops
+from tests.backends import BACKENDS, on_host
 from tests.numerics import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,10 +17,9 @@ pytestmark = pytest.mark.parametrize("backend", [*BACKENDS["adam"], "reference"]
 
 def make(shapes=SHAPES, dtype=torch.float32, steps=2, seed=0):
     """Parameters, and their gradients for a few steps."""
-    generator = torch.Generator().manual_seed(seed)
-    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    grads = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(steps)]
-    return params, grads
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    make_all = lambda: [torch.randn(s, generator=generator, device="cpu").to(device, dtype) for s in shapes]  # noqa: E731
+    return make_all(), [make_all() for _ in range(steps)]
 
 
 def state_of(params, moment_dtype=None, amsgrad=False, masters=False):
@@ -186,8 +185,26 @@ def test_steps_are_per_parameter(backend):
 def test_tensor_lr(backend, lr_dtype):
     params, grads = make()
     wanted = run([p.clone() for p in params], grads, state_of(params), backend, lr=0.125)
-    ours = run(params, grads, state_of(params), backend, lr=torch.tensor(0.125, dtype=lr_dtype))
+    lr = torch.tensor(0.125, dtype=lr_dtype, device="cpu")
+    with on_host(backend, lr):
+        ours = run([p.clone() for p in params], grads, state_of(params), backend, lr=lr)
     assert all(map(torch.equal, ours, wanted))
+    if lr_dtype == torch.float32:
+        ours = run(params, grads, state_of(params), backend, lr=torch.tensor(0.125))
+        assert all(map(torch.equal, ours, wanted))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_steps_on_the_host(backend, decoupled):
+    params, grads = make(steps=3)
+    options = dict(decoupled_weight_decay=decoupled)
+    exact, eager = exactly(params, grads, **options), eagerly(params, grads, **options)
+    state = state_of(params)
+    state["steps"] = [torch.zeros((), device="cpu") for _ in params]
+    with on_host(backend, *state["steps"]):
+        ours = run(params, grads, state, backend, **options)
+    assert_same_as_torch(ours, exact, eager)
+    assert [step.item() for step in state["steps"]] == [3] * len(params)
 
 
 def test_grad_scale_unscales_and_leaves_unscaled_gradients(backend):
@@ -227,7 +244,11 @@ def test_grad_norm(backend, dtype):
     eager = torch.stack([g.float().norm() for g in grads]).norm()
     assert_accurate(ops.grad_norm(grads, backend=backend), exact, eager)
     assert_accurate(ops.grad_norm(grads, torch.tensor(3.0), backend=backend), exact / 3, eager / 3)
-    assert ops.grad_norm([torch.full((3,), 1e25)], backend=backend).item() == pytest.approx(3**0.5 * 1e25, rel=1e-6)
+    for value in (1e25, 3e37, 1e-25, 1e-44, 0.0, float("inf"), float("nan")):
+        tensor = torch.full((3, 5), value)
+        for grad in (tensor, tensor[:, ::2]):
+            wanted = pytest.approx(grad.double().norm().item(), rel=1e-6, abs=1e-45, nan_ok=True)
+            assert ops.grad_norm([grad], backend=backend).item() == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -237,7 +258,7 @@ def test_stochastic_rounding_is_right_on_average(backend, dtype, value):
     count = 60000
     params = [torch.zeros(count, dtype=dtype)]
     state = state_of(params, torch.float32)
-    options = dict(lr=-value, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, rng=torch.tensor([7, 1]))
+    options = dict(lr=-value, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, rng=torch.tensor([7, 1], device="cpu"))
     run(params, [[torch.ones(count)]], state, backend, **options)
     target = torch.tensor(value, dtype=torch.float32).double()
     seen = params[0].double().unique()
@@ -255,7 +276,7 @@ def test_stochastic_rounding_is_the_same_everywhere(backend, dtype):
     for seed, which in ((1, backend), (1, "reference"), (2, backend)):
         state = state_of(params, dtype)
         mine = [p.clone() for p in params]
-        results[seed, which] = run(mine, grads, state, which, rng=torch.tensor([seed, 3]))
+        results[seed, which] = run(mine, grads, state, which, rng=torch.tensor([seed, 3], device="cpu"))
     different = sum((a != b).sum().item() for a, b in zip(results[1, backend], results[1, "reference"]))
     assert different <= 0.002 * sum(p.numel() for p in params)  # a last bit in float32 may tip the balance
     assert not torch.equal(results[1, backend][0], results[2, backend][0])
@@ -289,8 +310,9 @@ def test_bad_calls(backend, case):
 
 
 def test_opcheck(backend):
-    if backend != "cpu":
+    if backend not in ("cpu", "cuda"):
         pytest.skip("a check of the registered operator")
+    operators = backends.operators(backend)
     params, (grads,) = make([(17, 3), (4,)], steps=1)
     state = state_of(params, amsgrad=True)
     lists = [
@@ -300,8 +322,8 @@ def test_opcheck(backend):
     ]
     numbers = (0.01, 0.9, 0.99, 0.1, 1e-8, 1.0, True, False)
     for extra in ((None,) * 5, (torch.tensor(0.1), torch.tensor(2.0), torch.tensor(0.0), torch.tensor(3.0), None)):
-        torch.library.opcheck(torch.ops.fastlayers.adam_step, (*lists, *extra, *numbers))
-    torch.library.opcheck(torch.ops.fastlayers.grad_norm, (grads, None))
+        torch.library.opcheck(operators.adam_step, (*lists, *extra, *numbers))
+    torch.library.opcheck(operators.grad_norm, (grads, None))
 
 
 def test_compiles_into_one_graph(backend):

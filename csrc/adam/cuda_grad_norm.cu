@@ -29,6 +29,25 @@ struct NormStrided {
   AdamLayout layout;
 };
 
+// A sum of squares that neither overflows nor vanishes, without double precision for each element:
+// next to the plain sum, two of scaled elements for where that one leaves float32's range.
+class SumOfSquares {
+ public:
+  __device__ __forceinline__ void add(float x) {
+    const float lower = x * 0x1p-70f, higher = x * 0x1p80f;
+    plain_ += x * x;
+    lower_ += lower * lower;
+    higher_ += higher * higher;
+  }
+  __device__ __forceinline__ double total() const {
+    if (plain_ < 0x1p-60f) return higher_ * 0x1p-160;
+    return plain_ < 0x1p127f ? plain_ : lower_ * 0x1p140;
+  }
+
+ private:
+  float plain_ = 0, lower_ = 0, higher_ = 0;
+};
+
 // The sum over the block, in thread 0.
 __device__ double block_sum(double value) {
   __shared__ double sums[kThreads];
@@ -54,14 +73,14 @@ __global__ void __launch_bounds__(kThreads)
   const NormEntry& entry = batch.entries[low];
   const int64_t begin = (blockIdx.x - entry.first_task) * kAdamTask;
   const int64_t end = begin + kAdamTask < entry.numel ? begin + kAdamTask : entry.numel;
-  float sum = 0;
+  SumOfSquares sum;
   for (int64_t n = begin + threadIdx.x * kWidth; n < end; n += kThreads * kWidth) {
     float x[kWidth];
     load8(entry.data, entry.dtype, n, end - n < kWidth ? static_cast<int>(end - n) : kWidth, x);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += x[i] * x[i];
+    for (int i = 0; i < kWidth; ++i) sum.add(x[i]);
   }
-  const double total = block_sum(sum);
+  const double total = block_sum(sum.total());
   if (threadIdx.x == 0) batch.partial_sums[blockIdx.x] = total;
 }
 
@@ -70,12 +89,11 @@ __global__ void __launch_bounds__(kThreads)
   const NormEntry& entry = strided.entry;
   const int64_t begin = blockIdx.x * kAdamTask;
   const int64_t end = begin + kAdamTask < entry.numel ? begin + kAdamTask : entry.numel;
-  float sum = 0;
+  SumOfSquares sum;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    const float x = load1(entry.data, entry.dtype, offset_of(strided.layout, kGrad, n));
-    sum += x * x;
+    sum.add(load1(entry.data, entry.dtype, offset_of(strided.layout, kGrad, n)));
   }
-  const double total = block_sum(sum);
+  const double total = block_sum(sum.total());
   if (threadIdx.x == 0) strided.partial_sums[blockIdx.x] = total;
 }
 

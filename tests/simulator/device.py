@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from fastlayers import backends
-from tests.simulator.error import SimulatorError
 from tests.simulator.library import NAMESPACE, library
 from tests.simulator.module import Module, memory_of
 
@@ -99,6 +98,12 @@ def _module(request):
     return _parsed(_rewrite(text) if _rewrite else text)
 
 
+def _plain(name):
+    """void fl::(anonymous namespace)::f<(fl::DType)1>(fl::X) -> f<(DType)1>"""
+    name = re.sub(r"^void |\(anonymous namespace\)::|\b\w+::", "", name)
+    return re.sub(r"\([^()]*\)$", "", name)
+
+
 @_keep_error
 def _launch(pointer):
     request = pointer.contents
@@ -106,9 +111,8 @@ def _launch(pointer):
     args = [ctypes.string_at(request.args[i], size) for i, size in enumerate(module.params(name))]
     grid, block, shared = tuple(request.grid), tuple(request.block), request.shared
     counts = module.launch(name, grid, block, args, shared, extents=_call.memory, limit=_LIMIT)
-    shown = re.sub(r"^void |\(anonymous namespace\)::|\b\w+::|\([^()]*\)$", "", request.shown.decode())
     for launches in _records:
-        launches.append(Launch(shown, grid, block, shared, counts))
+        launches.append(Launch(_plain(request.shown.decode()), grid, block, shared, counts))
 
 
 @_keep_error
@@ -134,8 +138,10 @@ _callbacks = _Callbacks(
 
 
 def _tensors(value):
+    """Those with memory that a kernel could touch: not sparse ones, for example, which operators refuse."""
     if isinstance(value, torch.Tensor):
-        yield value
+        if value.layout == torch.strided and value.device.type == "cpu":
+            yield value
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)

@@ -14,7 +14,7 @@ import torch
 from tests.simulator.build import ROOT, folder_of, run_ninja
 
 sys.path.insert(0, str(ROOT / "build_tools"))
-import native  # noqa: E402
+import native
 
 sys.path.pop(0)
 
