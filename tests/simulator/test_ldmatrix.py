@@ -60,7 +60,7 @@ def test_generic_address():
     matrices, out = _matrices(), words(4, 32)
     run(kernel(_load(4, "", "[%x0]", rows, space=""), shared=512), matrices, out)
     assert (out == _held(matrices, "")).all()
-    with pytest.raises(SimulatorError) as error:
+    with pytest.raises(SimulatorError, match="not in shared memory") as error:
         run(kernel(_load(4, "", "[%base0]", space=""), shared=512), matrices, out)
     assert error.value.kind == "out_of_bounds"
 

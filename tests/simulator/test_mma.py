@@ -85,6 +85,15 @@ def test_products_are_exact():
     assert (got == 2**-9 + 2**-20).all()
 
 
+@pytest.mark.parametrize("low, expected", [(2**-30, 1 + 2**-10), (-(2**-30), 1.0)])
+def test_f16_sums_round_once(low, expected):
+    """1 + 2^-11 lies in the middle of two numbers; what a float cannot hold decides."""
+    a, b = np.zeros((16, 16), np.float16), np.zeros((16, 8), np.float16)
+    a[:, :3], b[:3] = [1, 2**-11, 2**-15], np.array([1, 1, low * 2**15])[:, None]
+    got, _ = _run("m16n8k16", "f16", "f16", "f16", 80, a.view(np.uint16), b.view(np.uint16), np.zeros((16, 8)))
+    assert (got == expected).all()
+
+
 @pytest.mark.parametrize("suffix, expected", [("", -(2**31) + 126), (".satfinite", 2**31 - 1)])
 def test_integer_overflow(suffix, expected):
     a, b = np.zeros((16, 16), np.uint8), np.zeros((16, 8), np.uint8)

@@ -229,6 +229,7 @@ ONE = Case(steps=1)
 FIRST = FENCE + ONE.mma() + COMMIT
 OTHER = Case(steps=1, a_from="registers")
 ZEROS = "".join(f"  mov.b32 %c{i}, 0;\n" for i in range(ONE.sums))  # a second set of accumulators
+LANE = "  and.b32 %r0, %tid, 31;\n"
 OVERWRITE = "  st.shared.b32 [%r31 + 8192], %tid;\n"  # B, which every warp reads
 
 
@@ -295,7 +296,7 @@ def test_registers_are_free_after_a_move():
 def test_one_warp_speaks_for_all():
     """Once one warp has waited, the operands of all four may be overwritten: the group completes as a whole."""
     problem = Problem(ONE)
-    overwrite = "  setp.eq.u32 %p1, %tid, 0;\n  @%p1 st.shared.v4.b32 [%smem], {%tid, %tid, %tid, %tid};\n"
+    overwrite = "  setp.eq.u32 %p1, %tid, 0;\n  @%p1 st.shared.b32 [%smem + 8192], %tid;\n"
     problem.run(FIRST + WAIT + overwrite + _store(ONE))
     assert (problem.result() == problem.exact).all()
 
@@ -305,7 +306,8 @@ def test_one_warp_speaks_for_all():
     [
         ("divergence", "  setp.ne.u32 %p1, %tid, 40;\n  @%p1" + ONE.mma()),
         ("divergence", "  shr.u32 %r0, %tid, 5;\n  cvt.u64.u32 %x2, %r0;\n  add.u64 %x0, %x0, %x2;\n" + FIRST + WAIT),
-        ("divergence", "  cvt.u64.u32 %x2, %tid;\n  add.u64 %x0, %x0, %x2;\n" + FIRST + WAIT),
+        ("divergence", LANE + "  cvt.u64.u32 %x2, %r0;\n  add.u64 %x0, %x0, %x2;\n" + FIRST + WAIT),
+        ("divergence", LANE + "  setp.lt.u32 %p0, %r0, 9;\n" + FIRST + WAIT),
         ("deadlock", "  setp.gt.u32 %p1, %tid, 95;\n  @%p1 ret;\n" + FIRST + WAIT),
         ("out_of_bounds", "  add.u64 %x1, %x1, 16;\n" + FIRST + WAIT),
         ("unsupported", "  or.b64 %x1, %x1, 0x2000000000000;\n" + FIRST + WAIT),  # base offset
