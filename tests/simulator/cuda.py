@@ -14,15 +14,17 @@ from tests.simulator.module import Module
 
 @functools.cache
 def compile_cuda(source, arch="80"):
-    """The module that nvcc makes of `source` for compute_<arch>, with line numbers; skips the test without nvcc."""
+    """The module that nvcc makes of `source`, text or a Path, for compute_<arch>; skips the test without nvcc."""
     nvcc = os.environ.get("NVCC", "").split() or [shutil.which("nvcc")]
     if nvcc[-1] is None:
         pytest.skip("needs nvcc to compile a kernel")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cu"
-        file.write_text(source)
+        file = source
+        if isinstance(source, str):
+            file = Path(folder) / "kernel.cu"
+            file.write_text(source)
         command = [*nvcc, "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{arch}", str(file), "-o", "-"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"nvcc: {done.stderr}")
+        raise RuntimeError(f"nvcc: {done.stderr[-2000:]}")
     return Module(done.stdout)

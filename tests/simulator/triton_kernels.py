@@ -44,8 +44,20 @@ def layer_norm(x, weight, bias, out, columns, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def matmul(
-    a, b, c, m, n, k, stride_a, stride_b, stride_c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TF32: tl.constexpr
-):  # fmt: skip
+    a,
+    b,
+    c,
+    m,
+    n,
+    k,
+    stride_a,
+    stride_b,
+    stride_c,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TF32: tl.constexpr,
+):
     """c = a @ b; a (m, k), b (k, n), c (m, n), rows dense; TF32: the input precision of float32."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     columns = tl.program_id(1) * N + tl.arange(0, N)

@@ -572,8 +572,8 @@ std::unique_ptr<ModuleMemory> place_variables(const ptx::Module& module) {
   auto memory = std::make_unique<ModuleMemory>();
   for (const ptx::Variable& v : module.variables) {
     if (v.space != ptx::Space::kGlobal && v.space != ptx::Space::kConst) continue;
-    std::vector<uint64_t>& words = memory->storage[v.name];
-    words.resize(static_cast<size_t>(v.bytes() + 7) / 8 + 1);
+    std::vector<Line>& words = memory->storage[v.name];
+    words = lines_for(static_cast<uint64_t>(v.bytes()));
     std::memcpy(words.data(), v.data.data(), v.data.size());
     memory->allocations.add(reinterpret_cast<uint64_t>(words.data()),
                             static_cast<uint64_t>(v.bytes()), v.space == ptx::Space::kGlobal);

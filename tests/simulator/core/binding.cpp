@@ -68,8 +68,7 @@ class Program {
       launch.memory.add(address, bytes, writable);
     }
     const std::string_view given = params;
-    // At least one byte and 16-byte alignment, so that its address is that of an allocation.
-    launch.params.resize((given.size() + 16) / 16 * 16);
+    launch.params = lines_for(given.size());
     std::memcpy(launch.params.data(), given.data(), given.size());
     Profile profile;
     {

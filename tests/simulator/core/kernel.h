@@ -74,7 +74,7 @@ struct Kernel {
 
 // Variables of a module in global and constant memory, placed once.
 struct ModuleMemory {
-  std::map<std::string, std::vector<uint64_t>> storage;
+  std::map<std::string, std::vector<Line>> storage;
   GlobalMemory allocations;
 };
 

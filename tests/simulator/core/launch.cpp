@@ -150,7 +150,7 @@ Profile run(Launch& launch, int threads) {
       std::memcpy(&launch.constants[place + 8 * static_cast<size_t>(lane)], &address, 8);
     }
   }
-  launch.memory.add(base, launch.params.size(), false);
+  launch.memory.add(base, std::max(kernel.param_bytes, 1u), false);
 
   const uint64_t blocks = launch.grid.count();
   std::atomic<uint64_t> next{0};

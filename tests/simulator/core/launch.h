@@ -20,7 +20,8 @@ struct Launch {
   const Kernel* kernel;
   Dim grid, block;
   uint32_t dynamic_shared = 0;
-  std::vector<std::byte> params, constants;
+  std::vector<Line> params;
+  std::vector<std::byte> constants;
   GlobalMemory memory;
   bool race_check = true;
   uint64_t limit = 0;  // warp instructions of the whole launch

@@ -2,12 +2,19 @@
 // Global memory as a set of allocations. Local memory per thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "warp.h"
 
 namespace sim {
+
+// Host memory that a GPU would align like this: parameters, variables.
+struct alignas(128) Line {
+  std::byte bytes[128];
+};
+inline std::vector<Line> lines_for(uint64_t bytes) { return std::vector<Line>(bytes / 128 + 1); }
 
 struct Allocation {
   uint64_t begin, end;
