@@ -12,9 +12,11 @@ class Module:
 
     kernels: names of its entries
     target:  what it was compiled for, such as "sm_80"
+    ptx:     the text
     """
 
     def __init__(self, ptx):
+        self.ptx = ptx
         self._program = core().Program(ptx)
         self.kernels = self._program.kernels()
         self.target = self._program.target()
