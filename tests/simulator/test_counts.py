@@ -112,6 +112,8 @@ def test_instructions():
     counts = launch("chain", 64, [x, 10])
     assert counts["classes"]["fp32"] == 2 * 10 * 16
     assert counts["classes"]["global"] == 2 * 2
+    loads = [line["issued"] for line in counts["lines"] if line["instruction"].startswith(("ld.param", "mov", "cvta"))]
+    assert counts["classes"]["move"] == sum(loads) > 0
     assert counts["total"] == sum(counts["classes"].values()) == sum(line["issued"] for line in counts["lines"])
     longer = launch("chain", 64, [x, 20])
     assert longer["classes"]["fp32"] == 2 * 20 * 16

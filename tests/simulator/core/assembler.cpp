@@ -339,7 +339,6 @@ class Builder : public Assembler {
   }
 
   bool control(const ptx::Instruction& i, Instr* instr) {
-    instr->klass = Class::kControl;
     if (i.opcode == "bra") {
       instr->flow = Flow::kBranch;
     } else if (i.opcode == "ret") {
@@ -352,6 +351,7 @@ class Builder : public Assembler {
     } else {
       return false;
     }
+    instr->klass = Class::kControl;
     return true;
   }
 
