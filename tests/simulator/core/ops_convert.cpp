@@ -148,8 +148,16 @@ double odd_double(int64_t x, bool is_unsigned) {
 uint64_t real_of_int(int64_t x, const Conversion& c) {
   const bool is_unsigned = c.from == "u64";
   if (c.to != "f64") return real_of_real(odd_double(x, is_unsigned), c);
-  return std::bit_cast<uint64_t>(is_unsigned ? static_cast<double>(static_cast<uint64_t>(x))
-                                             : static_cast<double>(x));
+  const bool negative = !is_unsigned && x < 0;
+  const uint64_t a = negative ? -static_cast<uint64_t>(x) : static_cast<uint64_t>(x);
+  const int extra = std::max(0, 64 - std::countl_zero(a) - 53);
+  const uint64_t rest = a & ((uint64_t{1} << extra) - 1), half = uint64_t{1} << extra >> 1;
+  const uint64_t kept = a >> extra;
+  const bool nearest = c.mode == Round::kNearest;
+  const bool up = nearest ? rest > half || (extra && rest == half && kept & 1)
+                          : rest && c.mode == (negative ? Round::kDown : Round::kUp);
+  const double value = std::ldexp(static_cast<double>(kept + up), extra);
+  return std::bit_cast<uint64_t>(negative ? -value : value);
 }
 
 template <class From, class To>
@@ -236,6 +244,17 @@ void widen_eight(Warp& w, const Instr& i, uint32_t mask) {
   });
 }
 
+// Two f16 to two 8-bit floats.
+template <uint32_t (*kStore)(float)>
+void narrow_eight(Warp& w, const Instr& i, uint32_t mask) {
+  const bool relu = i.aux & kRelu;
+  each_lane<uint32_t, uint32_t>(w, i, mask, 1, [relu](uint32_t a, uint32_t, uint32_t) {
+    float low = f16_to_f32(a & 0xffff), high = f16_to_f32(a >> 16);
+    if (relu) low = low < 0 ? 0 : low, high = high < 0 ? 0 : high;
+    return kStore(high) << 8 | kStore(low);
+  });
+}
+
 uint64_t flags_of(const ptx::Instruction& i) {
   const bool whole = i.has("rni") || i.has("rzi") || i.has("rmi") || i.has("rpi");
   return (i.has("ftz") ? kFtz : 0) | (i.has("sat") ? kSat : 0) | (i.has("relu") ? kRelu : 0) |
@@ -250,8 +269,13 @@ void decode_pair(const ptx::Instruction& i, Assembler& a, Instr* instr, const st
     instr->exec = from == "e4m3x2" ? widen_eight<e4m3_to_f32> : widen_eight<e5m2_to_f32>;
     return a.set_ops(instr, {a.write(i.operands[0], 32), a.read(i.operands[1], 16)});
   }
-  if (from != "f32") unknown(i);
   const bool eight = to == "e4m3x2" || to == "e5m2x2";
+  if (eight && from == "f16x2" && i.has("satfinite")) {
+    instr->exec =
+        to == "e4m3x2" ? narrow_eight<f32_to_e4m3_saturated> : narrow_eight<f32_to_e5m2_saturated>;
+    return a.set_ops(instr, {a.write(i.operands[0], 16), a.read(i.operands[1], 32)});
+  }
+  if (from != "f32") unknown(i);
   const std::vector<Ref> refs = {a.write(i.operands[0], eight ? 16 : 32),
                                  a.read(i.operands[1], 32, "f32"),
                                  a.read(i.operands[2], 32, "f32")};
