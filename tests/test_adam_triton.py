@@ -29,7 +29,7 @@ import torch, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fastlayers.triton.adam import _BLOCK, _adam_kernel
-signature = dict(table="*i64", blocks="*i64", rates="*fp32", options="*fp32", seed="i64", offset="i64")
+signature = dict(table="*i64", blocks="*i64", rates="*fp32", scalars="*fp32", seed="i64", offset="i64")
 for capability in (75, 80, 90):
     for dtype in (tl.float32, tl.float16 if capability == 75 else tl.bfloat16):
         kinds = dict(PARAM=dtype, GRAD=dtype, MOMENT=tl.float32, MOMENT_SQ=tl.float32)

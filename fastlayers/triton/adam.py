@@ -59,7 +59,7 @@ def _adam_kernel(
     table,  # (tensors, 8) int64: pointers of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master; numel; index
     blocks,  # (grid, 2) int64: tensor, first element
     rates,  # (tensors, 2) float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-    options,  # (9,) float32: 1 - beta1, beta2, 1 - beta2, eps, l2, decay, grad scale, grad factor, found_inf
+    scalars,  # (9,) float32: 1 - beta1, beta2, 1 - beta2, eps, l2, decay, grad scale, grad factor, found_inf
     seed,
     offset,
     PARAM: tl.constexpr,
@@ -73,7 +73,7 @@ def _adam_kernel(
     BLOCK: tl.constexpr,
 ):
     """m += (1 - b1)(g - m); v = b2 v + (1 - b2) g^2; p = p decay - rate m / (sqrt(v) correction + eps)."""
-    if tl.load(options + 8) > 0:
+    if tl.load(scalars + 8) > 0:
         return
     tensor = tl.load(blocks + 2 * tl.program_id(0))
     row = table + 8 * tensor
@@ -92,27 +92,27 @@ def _adam_kernel(
         param = tl.load(master_at + n, mask=mask)
     else:
         param = tl.load(param_at + n, mask=mask).to(tl.float32)
-    grad = tl.load(grad_at + n, mask=mask).to(tl.float32) * tl.load(options + 6)
+    grad = tl.load(grad_at + n, mask=mask).to(tl.float32) * tl.load(scalars + 6)
     if STORE_GRAD:
         tl.store(grad_at + n, _narrow(grad, GRAD), mask=mask)
-    grad = grad * tl.load(options + 7)
-    l2 = tl.load(options + 4)
+    grad = grad * tl.load(scalars + 7)
+    l2 = tl.load(scalars + 4)
     if l2 != 0:
         grad = grad + l2 * param
     exp_avg = tl.load(exp_avg_at + n, mask=mask).to(tl.float32)
-    weight = tl.load(options)
+    weight = tl.load(scalars)
     toward = grad - exp_avg
     exp_avg = tl.where(weight < 0.5, exp_avg + weight * toward, grad + (weight - 1) * toward)
     exp_avg_sq = tl.load(exp_avg_sq_at + n, mask=mask).to(tl.float32)
-    exp_avg_sq = tl.load(options + 1) * exp_avg_sq + tl.load(options + 2) * grad * grad
+    exp_avg_sq = tl.load(scalars + 1) * exp_avg_sq + tl.load(scalars + 2) * grad * grad
     square = exp_avg_sq
     if AMSGRAD:
         highest = tl.load(max_at + n, mask=mask).to(tl.float32)
         square = tl.where(highest > exp_avg_sq, highest, exp_avg_sq)
         tl.store(max_at + n, _narrow(square, MOMENT_SQ), mask=mask)
-    denominator = tl.sqrt_rn(square) * tl.load(rates + 2 * tensor + 1) + tl.load(options + 3)
+    denominator = tl.sqrt_rn(square) * tl.load(rates + 2 * tensor + 1) + tl.load(scalars + 3)
     step = tl.load(rates + 2 * tensor) * tl.div_rn(exp_avg, denominator)
-    param = param * tl.load(options + 5) - step
+    param = param * tl.load(scalars + 5) - step
 
     if MASTER:
         tl.store(master_at + n, param, mask=mask)
@@ -160,7 +160,7 @@ def adam_step(
     decay, l2 = (1 - rate * weight_decay, 0.0) if decoupled_weight_decay else (1.0, weight_decay)
     scale = 1.0 if grad_scale is None else 1 / number(grad_scale)
     values = [1 - beta1, beta2, 1 - beta2, eps, l2, decay, scale, -clip if maximize else clip, skip]
-    options = torch.stack([number(value) for value in values]).float()
+    scalars = torch.stack([number(value) for value in values]).float()
     seed, offset = (0, 0) if rng is None else (int(rng[0]), int(rng[1]) & 0xFFFFFFFF)
     flags = {
         "AMSGRAD": bool(max_exp_avg_sqs),
@@ -175,10 +175,10 @@ def adam_step(
             operands = [tensors[index] if tensors else None for tensors in lists]
             groups.setdefault(tuple(t.dtype for t in operands[:4]), []).append((index, operands))
     for dtypes, members in groups.items():
-        _launch(members, dtypes, rates, options, seed, offset, flags, device)
+        _launch(members, dtypes, rates, scalars, seed, offset, flags, device)
 
 
-def _launch(members, dtypes, rates, options, seed, offset, flags, device):
+def _launch(members, dtypes, rates, scalars, seed, offset, flags, device):
     """One launch for tensors of the same dtypes."""
     rows, blocks, copies = [], [], []
     for place, (index, operands) in enumerate(members):
@@ -191,7 +191,7 @@ def _launch(members, dtypes, rates, options, seed, offset, flags, device):
     plan = torch.tensor(blocks, dtype=torch.int64).to(device, non_blocking=True)
     mine = rates[torch.tensor([index for index, _ in members], device=device)].contiguous()
     kinds = dict(zip(("PARAM", "GRAD", "MOMENT", "MOMENT_SQ"), (_TRITON[dtype] for dtype in dtypes)))
-    _adam_kernel[(len(blocks),)](table, plan, mine, options, seed, offset, **kinds, **flags, BLOCK=_BLOCK, num_warps=8)
+    _adam_kernel[(len(blocks),)](table, plan, mine, scalars, seed, offset, **kinds, **flags, BLOCK=_BLOCK, num_warps=8)
     for _, (dense, view) in copies:
         if not _overlaps(view):
             view.copy_(dense)

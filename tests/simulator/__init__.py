@@ -4,8 +4,9 @@ Module runs PTX text. install() goes further: it makes backend="cuda" on CPU ten
 launcher with the simulator as the GPU.
 """
 
-from tests.simulator.device import Launch, host_memory, install, record, rewrite_ptx, uninstall
+from tests.simulator.device import install, uninstall
 from tests.simulator.error import SimulatorError
+from tests.simulator.launches import Launch, host_memory, record, rewrite_ptx
 from tests.simulator.module import Module
 
 __all__ = ["Launch", "Module", "SimulatorError", "host_memory", "install", "record", "rewrite_ptx", "uninstall"]
