@@ -1,11 +1,12 @@
 """The backends each op is tested on, and where their tensors are. A new backend joins every test of an op by being
 listed here.
 
-Without a GPU, cuda is tested on the simulator where nvcc is found. FASTLAYERS_SIMULATOR=1 asks for the simulator on a
-machine with a GPU, =0 leaves it out; sm_75, sm_80 (otherwise taken) or sm_90 says which GPU is simulated.
+Without a GPU, cuda and triton are tested on the simulator where nvcc is found. FASTLAYERS_SIMULATOR=1 asks for the
+simulator on a machine with a GPU, =0 leaves it out; sm_75, sm_80 (the default) or sm_90 says which GPU it is.
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 
@@ -17,7 +18,7 @@ BACKENDS = {
     "decode_attention": ["cpu"],
     "linear_act": ["cpu"],
     "gated_linear_act": ["cpu"],
-    "adam": ["cpu", "cuda"],
+    "adam": ["cpu", "cuda", "triton"],
 }
 
 _SIMULATOR = os.environ.get("FASTLAYERS_SIMULATOR", "")
@@ -25,16 +26,19 @@ _HAS_GPU = torch.cuda.is_available() and torch.version.cuda is not None
 SIMULATED = _SIMULATOR != "0" and (bool(_SIMULATOR) or not _HAS_GPU)
 _ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
 
-if not _HAS_GPU and not (SIMULATED and (os.environ.get("NVCC") or shutil.which("nvcc"))):
-    BACKENDS = {op: [backend for backend in backends if backend != "cuda"] for op, backends in BACKENDS.items()}
-if os.environ.get("TRITON_INTERPRET") == "1":  # set before triton is imported, by tests/test_adam_triton.py
-    BACKENDS["adam"] = ["triton"]
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is imported, by tests/test_adam_triton.py
+_AVAILABLE = {"cpu"}
+if _HAS_GPU or (SIMULATED and (os.environ.get("NVCC") or shutil.which("nvcc"))):
+    _AVAILABLE |= {"cuda", "triton"} if importlib.util.find_spec("triton") else {"cuda"}
+if _INTERPRETED:
+    _AVAILABLE = {"triton"}
+BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in BACKENDS.items()}
 
 
 @contextlib.contextmanager
 def device_of(backend):
     """Within, tensors are made where the backend takes them, and the simulator is there if it is the backend."""
-    if backend != "cuda":
+    if backend not in ("cuda", "triton") or _INTERPRETED:
         yield
     elif SIMULATED:
         from tests import simulator
@@ -51,7 +55,7 @@ def device_of(backend):
 
 def on_host(backend, *tensors):
     """Within, these tensors, made with device="cpu", count as being on the CPU."""
-    if backend != "cuda" or not SIMULATED:
+    if backend not in ("cuda", "triton") or _INTERPRETED or not SIMULATED:
         return contextlib.nullcontext()
     from tests import simulator
 

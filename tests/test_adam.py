@@ -268,18 +268,18 @@ def test_stochastic_rounding_is_right_on_average(backend, dtype, value):
     assert error < 5 * spacing / 2 / count**0.5  # five standard deviations of the mean
 
 
+@pytest.mark.parametrize("seed,offset", [(1, 3), (0, 16), (-5, 2**31 + 1), (2**40 + 7, 2**32 - 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_is_the_same_everywhere(backend, dtype):
+def test_stochastic_rounding_is_the_same_everywhere(backend, dtype, seed, offset):
     """One seed, one result: on every backend, and in any layout that keeps the memory order."""
     params, grads = make([(1000,), (5, 7, 6, 11)], dtype, steps=1)
     results = {}
-    for seed, which in ((1, backend), (1, "reference"), (2, backend)):
-        state = state_of(params, dtype)
-        mine = [p.clone() for p in params]
-        results[seed, which] = run(mine, grads, state, which, rng=torch.tensor([seed, 3], device="cpu"))
-    different = sum((a != b).sum().item() for a, b in zip(results[1, backend], results[1, "reference"]))
+    for first, which in ((seed, backend), (seed, "reference"), (seed + 1, backend)):
+        rng = torch.tensor([first, offset], device="cpu")
+        results[first, which] = run([p.clone() for p in params], grads, state_of(params, dtype), which, rng=rng)
+    different = sum((a != b).sum().item() for a, b in zip(results[seed, backend], results[seed, "reference"]))
     assert different <= 0.002 * sum(p.numel() for p in params)  # a last bit in float32 may tip the balance
-    assert not torch.equal(results[1, backend][0], results[2, backend][0])
+    assert not torch.equal(results[seed, backend][0], results[seed + 1, backend][0])
 
 
 BAD_CALLS = {

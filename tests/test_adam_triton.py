@@ -1,4 +1,4 @@
-"""The Triton kernel of Adam: the op's tests in Triton's interpreter, and compilation for GPUs that are not here."""
+"""The Triton kernel of Adam beside tests/test_adam.py: interpreted, and compiled for GPUs that are not here."""
 
 import importlib.util
 import os
@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.backends import BACKENDS, SIMULATED
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -22,6 +25,41 @@ def test_op_tests_in_the_interpreter():
     options = ["-q", "-p", "no:cacheprovider", "-k", "triton and not dtype2 and not (layouts and dtype1)"]
     done = python("-m", "pytest", "tests/test_adam.py", *options, TRITON_INTERPRET="1")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+simulated = pytest.mark.skipif("triton" not in BACKENDS["adam"] or not SIMULATED, reason="needs the simulator")
+
+
+@simulated
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])  # tests/test_adam.py has sm_80
+def test_op_tests_on_other_gpus(arch):
+    done = python(
+        "-m", "pytest", "tests/test_adam.py", "-q", "-p", "no:cacheprovider", "-k", "triton", FASTLAYERS_SIMULATOR=arch
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@simulated
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype,bytes_per_element", [(torch.float32, 28), (torch.float16, 14)])
+def test_a_step_moves_each_byte_once(arch, dtype, bytes_per_element):
+    from fastlayers import ops
+    from tests import simulator
+
+    n, numbers = 3 * 2048, dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-4, weight_decay=0.1)
+    param, grad, exp_avg, exp_avg_sq = (torch.rand(n).to(dtype) for _ in range(4))
+    simulator.install(arch)
+    try:
+        with simulator.record() as launches:
+            ops.adam_step([param], [grad], [exp_avg], [exp_avg_sq], [], [torch.zeros(())], **numbers, backend="triton")
+    finally:
+        simulator.uninstall()
+    (launch,) = launches
+    costs = [line["global"] for line in launch.counts["lines"] if "global" in line]
+    elements = [cost for cost in costs if cost["sectors"] != cost["accesses"]]  # others: the same number for all
+    assert sum(cost["bytes"] for cost in elements) == n * bytes_per_element
+    assert all(cost["sectors"] == cost["minimum"] for cost in elements)
+    assert launch.counts["shared"]["accesses"] == launch.counts["barriers"] == 0
 
 
 COMPILE = """

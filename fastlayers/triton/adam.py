@@ -54,7 +54,7 @@ def _store(pointer, x, n, mask, seed, offset, counter2, DTYPE: tl.constexpr, STO
     tl.store(pointer + n, _narrow(x, DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset"])  # a 1 would become a constant
 def _adam_kernel(
     table,  # (tensors, 8) int64: pointers of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master; numel; index
     blocks,  # (grid, 2) int64: tensor, first element
