@@ -28,7 +28,8 @@ _ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is imported, by tests/test_adam_triton.py
 _AVAILABLE = {"cpu"}
-if _HAS_GPU or (SIMULATED and (os.environ.get("NVCC") or shutil.which("nvcc"))):
+_HAS_NVCC = os.environ.get("FASTLAYERS_BUILD_CUDA") != "0" and (os.environ.get("NVCC") or shutil.which("nvcc"))
+if _HAS_GPU or (SIMULATED and _HAS_NVCC):
     _AVAILABLE |= {"cuda", "triton"} if importlib.util.find_spec("triton") else {"cuda"}
 if _INTERPRETED:
     _AVAILABLE = {"triton"}

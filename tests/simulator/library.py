@@ -21,7 +21,7 @@ sys.path.pop(0)
 NAMESPACE = "fastlayers_simulated"
 _RUNTIME = Path(__file__).parent / "runtime"
 _ARCHS = ("75", "80", "90a")
-_COMMON = "-std=c++20 -O2 -Icsrc -Itests/simulator/runtime"
+_COMMON = f"-std=c++20 -O2 -I{ROOT}/csrc -I{_RUNTIME}"
 _HOST = "-fPIC -fvisibility=hidden -Wall -Wextra"
 
 
@@ -43,7 +43,7 @@ def _ninja_file(nvcc, host_compiler, torch_root):
     )
     lines = [
         "rule nvcc",
-        f"  command = cd {ROOT} && {nvcc} -MD -MF $out.d -ccbin {host_compiler} {_COMMON}"
+        f"  command = {nvcc} -MD -MF $out.d -ccbin {host_compiler} {_COMMON}"
         f" -Xcompiler {_HOST.replace(' ', ',')} $extra -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -56,25 +56,31 @@ def _ninja_file(nvcc, host_compiler, torch_root):
         name = "_".join(source.relative_to(ROOT).parts) + ".o"
         kernels = f"-O3 -lineinfo --no-compress {gencode}"
         lines += [
-            f"build $dir/{name}: nvcc {source}",
+            f"build {name}: nvcc {source}",
             f"  extra = {kernels if source.suffix == '.cu' else torch_flags}",
         ]
-        objects.append(f"$dir/{name}")
-    lines += [f"build $dir/libsimulated.so: link {' '.join(objects)}", ""]
-    return lines
+        objects.append(f"{name}")
+    lines.append(f"build libsimulated.so: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _compilers():
+    """nvcc, its version, and the host's compiler."""
+    try:
+        found, compiler = native.check_nvcc(), native.host_compiler(native.compiler()[0])
+    except native.BuildError as error:
+        raise RuntimeError(str(error)) from None
+    if found is None:
+        raise RuntimeError("the simulator of the CUDA kernels needs nvcc; install the CUDA toolkit or set NVCC")
+    return " ".join(found[0]), found[1], compiler
 
 
 @functools.cache
 def library():
-    """The loaded library as ctypes sees it; building it takes half a minute, once. Raises BuildError without nvcc."""
-    found = native.check_nvcc()
-    if found is None:
-        raise native.BuildError("the simulator of the CUDA kernels needs nvcc; install the CUDA toolkit or set NVCC.")
-    nvcc, version = " ".join(found[0]), found[1]
-    compiler = native.host_compiler(native.compiler()[0])
+    """The loaded library as ctypes sees it; building it takes half a minute, once. Raises RuntimeError without nvcc."""
+    nvcc, version, compiler = _compilers()
     torch_root = Path(torch.__file__).parent
     folder = folder_of("library", nvcc, version, compiler, torch_root, torch.__version__)
-    lines = [f"dir = {folder}", *_ninja_file(nvcc, compiler, torch_root)]
-    run_ninja(folder, "\n".join(lines), "the simulated library")
+    run_ninja(folder, _ninja_file(nvcc, compiler, torch_root), "the simulated library")
     torch.ops.load_library(str(folder / "libsimulated.so"))
     return ctypes.CDLL(str(folder / "libsimulated.so"))
