@@ -76,7 +76,8 @@ def edges(dtype, count=4096, seed=0):
 
 def pairs(dtype, seed=0):
     """Two arrays: all pairs of special values, and random ones."""
-    head = edges(dtype, 0)[:48]
+    head = edges(dtype, 0)
+    head = np.concatenate([head[:24], -head[:24], head[-1:]])
     a, b = (x.ravel() for x in np.meshgrid(head, head))
     first, second = edges(dtype, 4096, seed), edges(dtype, 4096, seed + 1)
     mixed = np.random.default_rng(seed).permutation(len(second))

@@ -137,13 +137,17 @@ inline uint32_t f32_to_e5m2_saturated(float x) {
 
 // The sum of two doubles rounded to odd: inexact results get an odd last bit, so that a second
 // rounding to fewer bits comes out as if it were the only one. Boldo & Melquiond 2008.
+inline double made_odd(double x, double error) {  // error: of what is exact, minus x
+  const bool exact = !(error > 0 || error < 0);   // NaN: of an infinite operand
+  if (exact || !std::isfinite(x) || (std::bit_cast<uint64_t>(x) & 1)) return x;
+  const bool away = (error > 0) == (x > 0);
+  return std::bit_cast<double>(std::bit_cast<uint64_t>(x) + (away ? 1 : -1));
+}
+
 inline double odd_sum(double a, double b) {
   const double sum = a + b;
   const double back = sum - a;
-  const double error = (a - (sum - back)) + (b - back);
-  if (error == 0 || !std::isfinite(sum) || (std::bit_cast<uint64_t>(sum) & 1)) return sum;
-  const bool away = (error > 0) == (sum > 0);
-  return std::bit_cast<double>(std::bit_cast<uint64_t>(sum) + (away ? 1 : -1));
+  return made_odd(sum, (a - (sum - back)) + (b - back));
 }
 
 inline double odd_fma(double a, double b, double c) {  // a * b has to be exact in double

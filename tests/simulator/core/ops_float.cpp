@@ -11,28 +11,41 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 // The canonical NaN of the GPU's f32 arithmetic.
 inline uint32_t result(float x) { return x != x ? 0x7fffffffu : bits_of_f32(x); }
 
+inline bool plus_zero(double x) { return x == 0 && !std::signbit(x); }
+
 struct Add {
   static float of(float a, float b, float) { return a + b; }
   static double exact(double a, double b, double) { return odd_sum(a, b); }
+  static bool keeps_plus_zero(float a, float b, float) { return plus_zero(a) && plus_zero(b); }
   static double of(double a, double b, double) { return a + b; }
 };
 struct Sub {
   static float of(float a, float b, float) { return a - b; }
   static double exact(double a, double b, double) { return odd_sum(a, -b); }
+  static bool keeps_plus_zero(float a, float b, float) { return plus_zero(a) && plus_zero(-b); }
   static double of(double a, double b, double) { return a - b; }
 };
 struct Mul {
   static float of(float a, float b, float) { return a * b; }
   static double exact(double a, double b, double) { return a * b; }
+  static bool keeps_plus_zero(float, float, float) { return true; }
   static double of(double a, double b, double) { return a * b; }
 };
 struct Fma {
   static float of(float a, float b, float c) { return std::fma(a, b, c); }
   static double exact(double a, double b, double c) { return odd_fma(a, b, c); }
+  static bool keeps_plus_zero(float a, float b, float c) {
+    return plus_zero(static_cast<double>(a) * b) && plus_zero(c);
+  }
   static double of(double a, double b, double c) { return std::fma(a, b, c); }
 };
 struct Div {
   static float of(float a, float b, float) { return a / b; }
+  static double exact(double a, double b, double) {
+    const double q = a / b;
+    return made_odd(q, std::copysign(1.0, b) * std::fma(-q, b, a));
+  }
+  static bool keeps_plus_zero(float, float, float) { return true; }
   static double of(double a, double b, double) { return a / b; }
 };
 
@@ -64,10 +77,17 @@ struct Lg2 {
 };
 struct Rcp {
   static float of(float a, float, float) { return 1.0f / a; }
+  static double exact(double a, double, double) { return Div::exact(1.0, a, 0.0); }
+  static bool keeps_plus_zero(float, float, float) { return true; }
   static double of(double a, double, double) { return 1.0 / a; }
 };
 struct Sqrt {
   static float of(float a, float, float) { return std::sqrt(a); }
+  static double exact(double a, double, double) {
+    const double q = std::sqrt(a);
+    return made_odd(q, std::fma(-q, q, a));
+  }
+  static bool keeps_plus_zero(float, float, float) { return true; }
   static double of(double a, double, double) { return std::sqrt(a); }
 };
 struct Rsqrt {
@@ -130,14 +150,17 @@ template <class Op>
 void f32_directed(Warp& w, const Instr& i, uint32_t mask) {
   const auto mode = static_cast<Round>(i.aux >> 8);
   const bool ftz = i.aux & kFtz, sat = i.aux & kSat;
-  each_lane<uint32_t, uint32_t>(w, i, mask, i.op_count - 1,
-                                [&](uint32_t a, uint32_t b, uint32_t c) {
-                                  float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
-                                  if (ftz) x = flush(x), y = flush(y), z = flush(z);
-                                  float r = to_f32(Op::exact(x, y, z), mode);
-                                  if (ftz) r = flush(r);
-                                  return result(sat ? saturate(r) : r);
-                                });
+  each_lane<uint32_t, uint32_t>(
+      w, i, mask, i.op_count - 1, [&](uint32_t a, uint32_t b, uint32_t c) {
+        float x = f32_of_bits(a), y = f32_of_bits(b), z = f32_of_bits(c);
+        if (ftz) x = flush(x), y = flush(y), z = flush(z);
+        float r = to_f32(Op::exact(x, y, z), mode);
+        // A sum of two signs that is exactly zero: -0 rounding down.
+        const bool negative = mode == Round::kDown && plus_zero(r) && !Op::keeps_plus_zero(x, y, z);
+        if (negative) r = -0.0f;
+        if (ftz) r = flush(r);
+        return result(sat ? saturate(r) : r);
+      });
 }
 
 template <class Op>
@@ -180,8 +203,17 @@ void decode_arithmetic(const ptx::Instruction& i, Assembler& a, Instr* instr) {
 // Results are the exact ones, which is within every documented error of the approximate forms.
 template <class Op, bool kHasF64>
 void decode_special(const ptx::Instruction& i, Assembler& a, Instr* instr) {
-  check_modifiers(i, {"approx", "full", "rn", "ftz", "f32", "f64"});
+  check_modifiers(i, {"approx", "full", "rn", "rz", "rm", "rp", "ftz", "f32", "f64"});
   const bool wide = i.has("f64");
+  const Round mode = rounding(i);
+  if (mode != Round::kNearest) {
+    instr->exec = nullptr;
+    if constexpr (requires { Op::exact(1.0, 1.0, 1.0); }) instr->exec = f32_directed<Op>;
+    if (wide || instr->exec == nullptr) unknown(i);
+    instr->klass = Class::kSpecial;
+    instr->aux = flags_of(i) | static_cast<uint64_t>(mode) << 8;
+    return a.set_ops(instr, lane_refs(i, a, 32, "f32"));
+  }
   instr->klass = wide ? Class::kFp64 : Class::kSpecial;
   if (wide) {
     if constexpr (kHasF64) instr->exec = f64<Op>;
