@@ -113,11 +113,15 @@ def _simulated(name):
     return run
 
 
+def connect(loaded):
+    """Let a library with the simulator's runtime launch here."""
+    loaded.simulator_connect(ctypes.byref(_callbacks))
+
+
 @functools.cache
 def _operators():
     """torch.ops.fastlayers_simulator: every operator that the simulated library implements."""
-    loaded = library()
-    loaded.simulator_connect(ctypes.byref(_callbacks))
+    connect(library())
     target = torch.library.Library("fastlayers_simulator", "DEF")
     for full_name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
         namespace, _, name = full_name.partition("::")

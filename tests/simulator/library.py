@@ -35,7 +35,7 @@ def _sources():
     yield from sorted(_RUNTIME.glob("*.cpp"))
 
 
-def _ninja_file(nvcc, host_compiler, torch_root):
+def _ninja_file(sources, nvcc, host_compiler, torch_root):
     gencode = " ".join(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in _ARCHS)
     torch_flags = (
         f"-DTORCH_TARGET_VERSION=0x{native.TORCH_FLOOR[0]:02x}{native.TORCH_FLOOR[1]:02x}000000000000"
@@ -52,14 +52,14 @@ def _ninja_file(nvcc, host_compiler, torch_root):
         " -Wl,--no-undefined -Wl,-Bsymbolic",
     ]
     objects = []
-    for source in _sources():
-        name = "_".join(source.relative_to(ROOT).parts) + ".o"
+    for source in sources:
+        name = "_".join(source.relative_to(ROOT).with_suffix(".o").parts)
         kernels = f"-O3 -lineinfo --no-compress {gencode}"
         lines += [
             f"build {name}: nvcc {source}",
             f"  extra = {kernels if source.suffix == '.cu' else torch_flags}",
         ]
-        objects.append(f"{name}")
+        objects.append(name)
     lines.append(f"build libsimulated.so: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -75,12 +75,23 @@ def _compilers():
     return " ".join(found[0]), found[1], compiler
 
 
-@functools.cache
-def library():
-    """The loaded library as ctypes sees it; building it takes half a minute, once. Raises RuntimeError without nvcc."""
+def build(name, sources):
+    """The path of a library of these sources, compiled; building takes half a minute, once."""
     nvcc, version, compiler = _compilers()
     torch_root = Path(torch.__file__).parent
-    folder = folder_of("library", nvcc, version, compiler, torch_root, torch.__version__)
-    run_ninja(folder, _ninja_file(nvcc, compiler, torch_root), "the simulated library")
-    torch.ops.load_library(str(folder / "libsimulated.so"))
-    return ctypes.CDLL(str(folder / "libsimulated.so"))
+    folder = folder_of(name, nvcc, version, compiler, torch_root, torch.__version__)
+    run_ninja(folder, _ninja_file(sources, nvcc, compiler, torch_root), f"the simulated {name}")
+    return folder / "libsimulated.so"
+
+
+def build_small(source):
+    """The path of a library of one .cu file and the runtime, without Torch: tests of the runtime."""
+    return build(source.stem, [source, *(file for file in _RUNTIME.glob("*.cpp") if file.name != "cuda_device.cpp")])
+
+
+@functools.cache
+def library():
+    """The loaded library as ctypes sees it. Raises RuntimeError where it cannot be compiled."""
+    path = build("library", list(_sources()))
+    torch.ops.load_library(str(path))
+    return ctypes.CDLL(str(path))
