@@ -253,6 +253,28 @@ void decode_dp4a(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   a.set_ops(instr, lane_refs(i, a, 32));
 }
 
+// The product of the lower 24 bits of two numbers, 48 bits of it. aux: 1 signed, 2 its upper 32.
+void product_of_24(Warp& w, const Instr& i, uint32_t mask) {
+  const bool is_signed = i.aux & 1, high = i.aux & 2, adds = i.op_count > 3;
+  each_lane<uint32_t, uint32_t>(
+      w, i, mask, i.op_count - 1, [=](uint32_t a, uint32_t b, uint32_t c) {
+        const auto part = [is_signed](uint32_t x) {
+          const auto left = static_cast<int32_t>(x << 8);
+          return is_signed ? int64_t{left >> 8} : static_cast<int64_t>(x & 0xffffff);
+        };
+        const int64_t product = part(a) * part(b);
+        return static_cast<uint32_t>(high ? product >> 16 : product) + (adds ? c : 0);
+      });
+}
+
+void decode_24(const ptx::Instruction& i, Assembler& a, Instr* instr) {
+  check_modifiers(i, {"lo", "hi", "u32", "s32"});
+  instr->aux = (i.has("s32") ? 1 : 0) | (i.has("hi") ? 2 : 0);
+  instr->exec = product_of_24;
+  instr->klass = Class::kInteger;
+  a.set_ops(instr, lane_refs(i, a, 32));
+}
+
 }  // namespace
 
 void add_integer(Decoders* decoders) {
@@ -270,6 +292,7 @@ void add_integer(Decoders* decoders) {
   d["abs.i"] = decode<Abs>;
   d["sad.i"] = decode<Sad>;
   d["dp4a.i"] = decode_dp4a;
+  d["mul24.i"] = d["mad24.i"] = decode_24;
 }
 
 }  // namespace sim
