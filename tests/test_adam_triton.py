@@ -31,15 +31,6 @@ simulated = pytest.mark.skipif("triton" not in BACKENDS["adam"] or not SIMULATED
 
 
 @simulated
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])  # tests/test_adam.py has sm_80
-def test_op_tests_on_other_gpus(arch):
-    done = python(
-        "-m", "pytest", "tests/test_adam.py", "-q", "-p", "no:cacheprovider", "-k", "triton", FASTLAYERS_SIMULATOR=arch
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-@simulated
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype,bytes_per_element", [(torch.float32, 28), (torch.float16, 14)])
 def test_a_step_moves_each_byte_once(arch, dtype, bytes_per_element):

@@ -1,0 +1,21 @@
+"""The op tests once more, on GPUs older and newer than the sm_80 that they simulate by themselves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.backends import BACKENDS, SIMULATED
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS["adam"] or not SIMULATED, reason="needs the simulator")
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_adam(arch):
+    command = [sys.executable, "-m", "pytest", "tests/test_adam.py", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "cuda or triton"]
+    environment = {**os.environ, "FASTLAYERS_SIMULATOR": arch}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
