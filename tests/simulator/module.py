@@ -52,7 +52,8 @@ class Module:
         threads: workers, by default one per core
         extents: further memory, as (address, bytes, writable)
         returns  dict: total and classes (warp instructions), mma_flops, shared (accesses, wavefronts, minimum,
-                 bytes), global (accesses, sectors, minimum, bytes), barriers, lines (the same per PTX instruction)
+                 bytes), global (accesses, sectors, minimum, bytes), barriers, largest_block (warp instructions of the
+                 block that issued most), lines (the same per PTX instruction)
         raises   SimulatorError, which says what went wrong where
         """
         if name not in self.kernels:

@@ -43,6 +43,10 @@ extern "C" __global__ void one_word(float* out) {
   __syncwarp();
   out[threadIdx.x] = s[7];
 }
+extern "C" __global__ void uneven(float* out) {
+  #pragma unroll 1
+  for (int i = 0; i < 100 * (blockIdx.x == 2); ++i) out[threadIdx.x] += 1;
+}
 extern "C" __global__ void chain(float* out, int n) {
   float x = out[threadIdx.x];
   #pragma unroll 1
@@ -117,6 +121,12 @@ def test_instructions():
     assert counts["total"] == sum(counts["classes"].values()) == sum(line["issued"] for line in counts["lines"])
     longer = launch("chain", 64, [x, 20])
     assert longer["classes"]["fp32"] == 2 * 20 * 16
+
+
+def test_the_largest_block():
+    one, four = (compile_cuda(SOURCE).launch("uneven", blocks, 64, [torch.zeros(64)]) for blocks in (1, 4))
+    assert one["largest_block"] == one["total"]
+    assert four["largest_block"] == four["total"] - 3 * one["total"] > 100
 
 
 def test_counts_do_not_depend_on_the_workers():

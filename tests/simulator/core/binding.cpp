@@ -127,6 +127,7 @@ class Program {
     d["shared"] = as_dict(shared, "wavefronts");
     d["global"] = as_dict(global, "sectors");
     d["barriers"] = barriers;
+    d["largest_block"] = profile.largest_block;
     d["lines"] = lines;
     return d;
   }

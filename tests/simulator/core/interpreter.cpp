@@ -202,6 +202,7 @@ uint64_t run_warp(Warp& w) {
   for (; count < kTurn && w.wait == Wait::kNothing && !w.yield; ++count) {
     const Instr& instr = code[w.pc];
     ++issued[w.pc];
+    w.issued += instr.source != kNoSource;
     if (!step(w, instr, guard_mask(w, instr))) {
       w.wait = Wait::kExited;
       barrier_warp_exited(*w.block, w);
@@ -241,13 +242,16 @@ void run_block(Block& block, Profile* profile) {
                     std::string(reason.what()) + " [" + place(w, reason.lane) + "]");
       }
     }
-    if (!any && waiting == nullptr) return;
+    if (!any && waiting == nullptr) break;
     idle = exhausted || block.progress != before ? 0 : idle + 1;
     if (!any || idle > kIdleRounds) {
       Warp& stuck = waiting ? *waiting : block.warps[0];
       fault(Kind::kDeadlock, -1, "every warp waits for another [", place(stuck, -1), "]");
     }
   }
+  uint64_t issued = 0;
+  for (const Warp& w : block.warps) issued += w.issued;
+  profile->largest_block = std::max(profile->largest_block, issued);
 }
 
 }  // namespace sim

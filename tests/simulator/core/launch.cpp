@@ -183,6 +183,7 @@ Profile run(Launch& launch, int threads) {
   };
   for (uint64_t w = 1; w < count; ++w) {
     const Profile& part = workers[w]->profile;
+    total.largest_block = std::max(total.largest_block, part.largest_block);
     for (size_t i = 0; i < total.issued.size(); ++i) {
       total.issued[i] += part.issued[i];
       add(total.shared[i], part.shared[i]);

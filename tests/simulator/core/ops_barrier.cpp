@@ -20,6 +20,7 @@ constexpr uint64_t kAligned = 0x100;
 // Runs this instruction again when the other warps had their turn; it counts once.
 void stay(Warp& w) {
   --w.profile->issued[w.pc];
+  --w.issued;
   --w.pc;
   w.yield = true;
 }

@@ -49,8 +49,9 @@ struct Cost {
 // Per instruction of the kernel; every worker has its own and they are added in the end.
 struct Profile {
   std::vector<uint64_t> issued;
-  std::vector<Cost> shared;  // took, minimum: wavefronts
-  std::vector<Cost> global;  // took, minimum: 32-byte sectors
+  std::vector<Cost> shared;    // took, minimum: wavefronts
+  std::vector<Cost> global;    // took, minimum: 32-byte sectors
+  uint64_t largest_block = 0;  // warp instructions of the block that issued most
 };
 
 // The groups that are open now, counted from 1: those before are committed.
@@ -85,6 +86,7 @@ struct Warp {
   int32_t join = -1;                           // of the running path
   std::vector<uint32_t> calls;                 // of the running path
   uint32_t sync_arrived = 0, sync_passed = 0;  // lanes at a bar.warp.sync, and those that may go on
+  uint64_t issued = 0;                         // instructions of the program
   uint32_t turns = 0;                          // full ones since lanes last met at a join
   AsyncState async;
   uint32_t cluster_phase = 0;  // of the cluster's barrier, to wait for
