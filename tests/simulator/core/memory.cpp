@@ -92,10 +92,16 @@ void count_shared_rows(Warp& w, const uint64_t* offsets, int rows) {
   ++cost.accesses;
   cost.bytes += static_cast<uint64_t>(rows) * 16;
   for (int first = 0; first < rows; first += 8) {
+    ++cost.minimum;
+    uint32_t chunks = 0;  // of 16 bytes, where the 8 rows lie in a line of all banks
+    for (int row = first; row < first + 8; ++row) chunks |= 1u << (offsets[row] / 16 % 8);
+    if (chunks == 0xff) {
+      ++cost.took;
+      continue;
+    }
     Phase phase;
     for (int row = first; row < first + 8; ++row) phase.add(offsets[row], 16);
     cost.took += phase.wavefronts();
-    ++cost.minimum;
   }
 }
 

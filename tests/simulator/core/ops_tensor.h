@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "numbers.h"
 #include "program.h"
@@ -87,27 +88,22 @@ inline void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
   }
 }
 
-// The elements of a register, in the order of their bits.
-template <class T>
-inline void unpack(const uint32_t* words, double (*value)[kLanes]) {
-  for (int e = 0; e < 4 / T::kBytes; ++e) {
-    const int shift = 8 * T::kBytes * e % 32;
-    for (int lane = 0; lane < kLanes; ++lane) value[e][lane] = T::value(words[lane] >> shift);
-  }
-}
+template <int kBytes>
+using Element =
+    std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t, uint32_t>>;
 
 // A fragment in registers: lane 4 g + t holds, per 32-bit register, neighbours in k from row g or
 // g + 8. a0, a1: rows g, g + 8 of the first half of k; a2, a3: of the second. PTX ISA, "Matrix
-// Fragments for mma.m16n8k16" and the other shapes, which differ only in elements per register.
+// Fragments for mma.m16n8k16" and the other shapes, which differ only in elements per register. The
+// 32 words of one register are therefore 8 rows of 16 bytes, one after the other.
 template <class T, int K>
 inline void read_a(Warp& w, const Ref* refs, TileA<K>& a) {
-  constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
+  constexpr int kHalf = 16 / T::kBytes;
   for (int r = 0; r < 2 * K / kHalf; ++r) {
-    double value[kPer][kLanes];
-    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      double* row = a[lane / 4 + 8 * (r % 2)] + r / 2 * kHalf + lane % 4 * kPer;
-      for (int e = 0; e < kPer; ++e) row[e] = value[e][lane];
+    const auto* from = w.lanes<Element<T::kBytes>>(refs[r]);
+    for (int g = 0; g < 8; ++g) {
+      double* row = a[g + 8 * (r % 2)] + r / 2 * kHalf;
+      for (int e = 0; e < kHalf; ++e) row[e] = T::value(from[g * kHalf + e]);
     }
   }
 }
@@ -115,13 +111,15 @@ inline void read_a(Warp& w, const Ref* refs, TileA<K>& a) {
 // B likewise: column g, b0 the first half of k, b1 the second.
 template <class T, int K>
 inline void read_b(Warp& w, const Ref* refs, TileB<K>& b) {
-  constexpr int kPer = 4 / T::kBytes, kHalf = 4 * kPer;
+  constexpr int kHalf = 16 / T::kBytes;
   for (int r = 0; r < K / kHalf; ++r) {
-    double value[kPer][kLanes];
-    unpack<T>(w.lanes<uint32_t>(refs[r]), value);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int k = r * kHalf + lane % 4 * kPer;
-      for (int e = 0; e < kPer; ++e) b[k + e][lane / 4] = value[e][lane];
+    const auto* from = w.lanes<Element<T::kBytes>>(refs[r]);
+    Element<T::kBytes> turned[kHalf][8];
+    for (int g = 0; g < 8; ++g) {
+      for (int e = 0; e < kHalf; ++e) turned[e][g] = from[g * kHalf + e];
+    }
+    for (int e = 0; e < kHalf; ++e) {
+      for (int g = 0; g < 8; ++g) b[r * kHalf + e][g] = T::value(turned[e][g]);
     }
   }
 }
@@ -130,19 +128,26 @@ inline void read_b(Warp& w, const Ref* refs, TileB<K>& b) {
 struct SumF32 {
   static constexpr int kRegisters = 4;
   static void read(Warp& w, const Ref* refs, TileC& c) {
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t* words = w.lanes<uint32_t>(refs[r]);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2] = f32_of_bits(words[lane]);
+    for (int r = 0; r < 4; r += 2) {
+      const float *even = w.lanes<float>(refs[r]), *odd = w.lanes<float>(refs[r + 1]);
+      for (int g = 0; g < 8; ++g) {
+        double* row = c[g + 4 * r];
+        for (int t = 0; t < 4; ++t) {
+          row[2 * t] = even[4 * g + t];
+          row[2 * t + 1] = odd[4 * g + t];
+        }
       }
     }
   }
   static void write(Warp& w, const Ref* refs, const TileC& c, bool) {
-    for (int r = 0; r < 4; ++r) {
-      uint32_t* words = w.lanes<uint32_t>(refs[r]);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double value = c[lane / 4 + 8 * (r / 2)][lane % 4 * 2 + r % 2];
-        words[lane] = bits_of_f32(static_cast<float>(value));
+    for (int r = 0; r < 4; r += 2) {
+      float *even = w.lanes<float>(refs[r]), *odd = w.lanes<float>(refs[r + 1]);
+      for (int g = 0; g < 8; ++g) {
+        const double* row = c[g + 4 * r];
+        for (int t = 0; t < 4; ++t) {
+          even[4 * g + t] = static_cast<float>(row[2 * t]);
+          odd[4 * g + t] = static_cast<float>(row[2 * t + 1]);
+        }
       }
     }
   }
