@@ -1,0 +1,190 @@
+// Attention forward on CUDA: the kernel around ForwardWarp, and its launcher.
+#include "attention/cuda_forward.cuh"
+#include "attention/kernels.h"
+#include <algorithm>
+#include "common/check.h"
+#include "common/dispatch.h"
+
+namespace fl {
+namespace {
+
+// The block's tiles in shared memory, as 32-bit addresses.
+template <class S>
+struct ForwardShared {
+  uint32_t q, k, v;
+  __device__ __forceinline__ explicit ForwardShared(const void* memory) {
+    q = shared_address(memory);
+    k = q + S::TileQ::kBytes;
+    v = k + S::TileKv::kBytes;
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const AttentionForward& p,
+                                              const Sequence& sequence, const ScoreRules& rules,
+                                              int i0, int j0, int lane) {
+  if constexpr (S::kGeneral) {
+    warp.map(lane, [&](float x, int row, int column) {
+      const int i = i0 + row, j = j0 + column;
+      const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
+      return visible ? rules(x, i, j) * kLog2e : -INFINITY;
+    });
+  } else if (sequence.hides_some(i0, i0 + S::kWarpRows, j0, j0 + S::kBlockN)) {
+    if (p.window_left < 0) {
+      warp.map(lane, [&](float x, int row, int column) {
+        return column < sequence.end(i0 + row) - j0 ? x : -INFINITY;
+      });
+    } else {
+      warp.map(lane, [&](float x, int row, int column) {
+        const int i = i0 + row, j = j0 + column;
+        return j >= sequence.begin(i) && j < sequence.end(i) ? x : -INFINITY;
+      });
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void store_output(const AttentionForward& p, const Sequence& sequence,
+                                             uint32_t tile, int64_t b, int64_t h, int first_row,
+                                             int i0, int lane) {
+  using T = typename S::T;
+  T* o = static_cast<T*>(p.o.data) + b * p.o.stride_b + h * p.o.stride_h +
+         sequence.first_q * p.o.stride_s;
+  const int columns = static_cast<int>(p.head_dim_v);
+  const bool aligned = (reinterpret_cast<uintptr_t>(o) | (p.o.stride_s * sizeof(T))) % 16 == 0;
+  for (int index = lane; index < S::kWarpRows * S::kTilesD; index += 32) {
+    const int row = index / S::kTilesD, chunk = index % S::kTilesD, i = i0 + row;
+    if (i >= sequence.seqlen_q || 8 * chunk >= columns) continue;
+    uint4 bits;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(tile + S::TileQ::at(first_row + row, chunk)));
+    T* to = o + i * p.o.stride_s + 8 * chunk;
+    if (aligned && 8 * chunk + 8 <= columns) {
+      *reinterpret_cast<uint4*>(to) = bits;
+    } else {
+      const T* values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (8 * chunk + e < columns) to[e] = values[e];
+      }
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kForwardThreads)
+    attention_forward_kernel(const __grid_constant__ AttentionForward p) {
+  using T = typename S::T;
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int thread = threadIdx.x, lane = thread % 32, first_row = thread / 32 * S::kWarpRows;
+  const int b = blockIdx.z, h = blockIdx.y, group = static_cast<int>(p.heads_q / p.heads_k);
+  const Sequence sequence(p, b);
+  // The last rows come first: under a causal mask they are the longest.
+  const int m0 = static_cast<int>(gridDim.x - 1 - blockIdx.x) * S::kBlockM;
+  if (m0 >= sequence.seqlen_q) return;
+  const int m1 = min(m0 + S::kBlockM, sequence.seqlen_q), i0 = m0 + first_row;
+  const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(m1 - 1);
+
+  const ForwardShared<S> shared(memory);
+  const auto q = reader<T>(p.q, b, h, sequence.first_q, sequence.seqlen_q, p.head_dim);
+  const auto k = reader<T>(p.k, b, h / group, sequence.first_k, sequence.seqlen_k, p.head_dim);
+  const auto v = reader<T>(p.v, b, h / group, sequence.first_k, sequence.seqlen_k, p.head_dim_v);
+  copy_tile<typename S::TileQ, kForwardThreads>(shared.q, q, m0, thread);
+  copy_tile<typename S::TileKv, kForwardThreads>(shared.k, k, j_begin, thread);
+  commit_copies();
+
+  ForwardWarp<S> warp(shared.q + first_row * S::TileQ::kRowBytes, shared.k, shared.v, lane);
+  const ScoreRules rules(p, b, h, sequence.diagonal);
+  const float scale = S::kGeneral ? 1.0f : p.softmax_scale * kLog2e;
+  for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
+    wait_for_copies<0>();
+    __syncthreads();  // k is here; v has been used by all
+    copy_tile<typename S::TileKv, kForwardThreads>(shared.v, v, j0, thread);
+    commit_copies();
+    const bool visible = !sequence.hides_all(i0, i0 + S::kWarpRows, j0, j0 + S::kBlockN);
+    if (j0 == j_begin) warp.load_q();
+    if (visible) warp.multiply_k();
+    wait_for_copies<0>();
+    __syncthreads();  // v is here; k has been used by all
+    if (j0 + S::kBlockN < j_end) {
+      copy_tile<typename S::TileKv, kForwardThreads>(shared.k, k, j0 + S::kBlockN, thread);
+      commit_copies();
+    }
+    if (!visible) continue;
+    adjust_scores(warp, p, sequence, rules, i0, j0, lane);
+    warp.exponentiate(scale);
+    if constexpr (S::kGeneral) {
+      const auto bh = static_cast<uint32_t>(b * p.heads_q + h);
+      if (p.dropout.enabled()) warp.drop(p.dropout, bh, i0, j0, lane);
+    }
+    warp.multiply_v();
+  }
+
+  wait_for_copies<0>();
+  __syncthreads();
+  float lse[2 * S::kTilesM];
+  const float factor = p.dropout.enabled() ? p.dropout.scale() : 1.0f;
+  warp.finish(scale, p.sinks ? p.sinks[h] : -INFINITY, factor, lse);
+  float* to = p.lse + b * p.lse_stride_b + h * p.lse_stride_h + sequence.first_q;
+#pragma unroll
+  for (int row = 0; row < 2 * S::kTilesM; ++row) {
+    const int i = i0 + 8 * row + lane / 4;
+    if (lane % 4 == 0 && i < sequence.seqlen_q) to[i] = lse[row];
+  }
+  warp.stage_output(shared.q, first_row, lane);
+  __syncwarp();
+  store_output<S>(p, sequence, shared.q, b, h, first_row, i0, lane);
+}
+
+template <class S>
+void launch(const AttentionForward& p, cudaStream_t stream) {
+  auto* kernel = attention_forward_kernel<S>;
+  FL_CHECK(p.batch <= 65535 && p.heads_q <= 65535, "attention: more than 65535 heads or batches");
+  if constexpr (S::kSharedBytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+    FL_CHECK(error == cudaSuccess, "attention: ", cudaGetErrorString(error));
+  }
+  const dim3 grid(static_cast<unsigned>((p.seqlen_q + S::kBlockM - 1) / S::kBlockM),
+                  static_cast<unsigned>(p.heads_q), static_cast<unsigned>(p.batch));
+  kernel<<<grid, kForwardThreads, S::kSharedBytes, stream>>>(p);
+  const cudaError_t error = cudaGetLastError();
+  FL_CHECK(error == cudaSuccess, "attention_forward: ", cudaGetErrorString(error));
+}
+
+// softcap, ALiBi, masks and dropout need the general kernel; so do scales that turn the order of
+// scores around.
+bool is_general(const AttentionForward& p) {
+  return p.softcap > 0 || p.alibi_slopes || p.mask.kind != MaskKind::kNone || p.dropout.enabled() ||
+         !(p.softmax_scale > 0);
+}
+
+template <class T>
+void with_shape(const AttentionForward& p, cudaStream_t stream) {
+  const auto dim = static_cast<int>(std::max(p.head_dim, p.head_dim_v));
+  const int bucket = dim <= 32    ? 32
+                     : dim <= 64  ? 64
+                     : dim <= 96  ? 96
+                     : dim <= 128 ? 128
+                     : dim <= 192 ? 192
+                                  : 256;
+  with_bool(is_general(p), [&](auto general) {
+    with_int(Ints<32, 64, 96, 128, 192, 256>{}, bucket, "head_dim", [&](auto constant) {
+      constexpr int kDim = decltype(constant)::value, kBlockN = kDim > 128 ? 32 : 64;
+      constexpr int kTilesM = kDim > 128 ? 1 : 2;
+      launch<ForwardShape<T, kDim, kBlockN, kTilesM, decltype(general)::value>>(p, stream);
+    });
+  });
+}
+
+}  // namespace
+
+void cuda_attention_forward(const AttentionForward& p, void* stream) {
+  if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (p.dtype == DType::kFloat16) return with_shape<__half>(p, cuda_stream);
+  with_shape<__nv_bfloat16>(p, cuda_stream);
+}
+
+}  // namespace fl

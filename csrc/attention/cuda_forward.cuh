@@ -1,0 +1,265 @@
+// Attention forward on tensor cores: o[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j], float16 and
+// bfloat16 with float32 sums.
+//
+// One block per (batch, query head, kBlockM rows of q); its four warps split the rows, so that the
+// softmax of a row stays within four lanes, and probabilities go from the accumulators of q k'
+// straight into the operands of p v. Keys and values pass through one shared tile each: while the
+// one is used the other arrives. Reads q once, k and v ceil(seqlen_q / kBlockM) times; writes o and
+// lse once.
+#pragma once
+
+#include "attention/cuda_scores.cuh"
+#include "common/shared_tile.cuh"
+
+namespace fl {
+
+constexpr int kForwardWarps = 4, kForwardThreads = 32 * kForwardWarps;
+
+template <class T_, int kDim_, int kBlockN_, int kTilesM_, bool kGeneral_>
+struct ForwardShape {
+  using T = T_;
+  static constexpr int kDim = kDim_, kBlockN = kBlockN_;  // head_dim and head_dim_v, filled up
+  static constexpr int kTilesM = kTilesM_;                // of 16 rows, per warp
+  static constexpr bool kGeneral = kGeneral_;             // ScoreRules or dropout
+  static constexpr bool kKeepsQ = kDim <= 64;             // its fragments stay in registers
+  static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kForwardWarps * kWarpRows;
+  static constexpr int kTilesN = kBlockN / 8, kTilesD = kDim / 8, kSteps = kDim / 16;
+  using TileQ = SharedTile<kBlockM, kDim>;
+  using TileKv = SharedTile<kBlockN, kDim>;
+  static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKv::kBytes;
+};
+
+template <class T>
+__device__ __forceinline__ RowReader<T> reader(const TensorView4& x, int64_t b, int64_t h,
+                                               int64_t first, int rows, int64_t columns) {
+  const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
+  data += first * x.stride_s;
+  const bool aligned = (reinterpret_cast<uintptr_t>(data) | (x.stride_s * sizeof(T))) % 16 == 0;
+  return {data, x.stride_s, rows, static_cast<int>(columns), aligned};
+}
+
+// The rows of one warp: scores, their softmax so far, and the output before its division. Row
+// 2 m + r of a lane is row 16 m + 8 r + lane / 4 of the warp.
+template <class S>
+class ForwardWarp {
+  using T = typename S::T;
+
+ public:
+  __device__ __forceinline__ ForwardWarp(uint32_t q, uint32_t k, uint32_t v, int lane) {
+    q_ = S::TileQ::lane_a(q, lane);
+    k_ = S::TileKv::lane_b(k, lane);
+    v_ = S::TileKv::lane_transposed(v, lane);
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+      max_[row] = -INFINITY;
+      sum_[row] = 0.0f;
+    }
+    clear(output_);
+  }
+
+  __device__ __forceinline__ void load_q() {
+    if constexpr (S::kKeepsQ) {
+#pragma unroll
+      for (int step = 0; step < S::kSteps; ++step) {
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) read_q(kept_[step][m], step, m);
+      }
+    }
+  }
+
+  // scores = q k'
+  __device__ __forceinline__ void multiply_k() {
+    clear(scores_);
+#pragma unroll
+    for (int step = 0; step < S::kSteps; ++step) {
+      FragmentA fresh[S::kTilesM];
+      FragmentA(&q)[S::kTilesM] = S::kKeepsQ ? kept_[S::kKeepsQ ? step : 0] : fresh;
+      if constexpr (!S::kKeepsQ) {
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) read_q(fresh[m], step, m);
+      }
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; n += 2) {
+        uint32_t b[4];
+        ldmatrix(b, S::TileKv::step_of(k_, step, 8 * n));
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) {
+          mma<T>(scores_[m][n], q[m], b[0], b[1]);
+          mma<T>(scores_[m][n + 1], q[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // scores = f(score, row of the warp, column of the tile)
+  template <class F>
+  __device__ __forceinline__ void map(int lane, F f) {
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = 16 * m + 8 * (e / 2) + lane / 4, column = 8 * n + 2 * (lane % 4) + e % 2;
+          scores_[m][n].r[e] = f(scores_[m][n].r[e], row, column);
+        }
+      }
+    }
+  }
+
+  // scores = exp2(scale * scores - maximum), with output and sums scaled to the new maximum.
+  __device__ __forceinline__ void exponentiate(float scale) {
+    float shrink[2 * S::kTilesM];
+    bool moved = false;
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+      const float before = max_[row], now = row_max(row);
+      moved |= now != before;
+      max_[row] = now;
+      const float shift = now == -INFINITY ? 0.0f : now * scale;
+      shrink[row] = exp2_approx(before * scale - shift);
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
+          x = exp2_approx(fmaf(x, scale, -shift));
+          sum += x;
+        }
+      }
+      sum_[row] = fmaf(sum_[row], shrink[row], sum);
+    }
+    if (!__any_sync(~0u, moved)) return;
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; ++d) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) output_[m][d].r[e] *= shrink[2 * m + e / 2];
+      }
+    }
+  }
+
+  // Zeroes dropped scores; key j of the decisions is j0 plus the column. csrc/common/philox.h.
+  __device__ __forceinline__ void drop(const Dropout& dropout, uint32_t bh, int first_row, int j0,
+                                       int lane) {
+    const bool upper = S::kBlockN < 64 && j0 % 64 != 0;  // half of the 64 keys that share a counter
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+      const auto i = static_cast<uint32_t>(first_row + 8 * row + lane / 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto c0 = static_cast<uint32_t>(j0 / 64 * 8 + lane % 4 * 2 + e);
+        const PhiloxWords random = philox4x32_10(c0, i, bh, dropout.offset, dropout.seed);
+#pragma unroll
+        for (int n = 0; n < S::kTilesN; ++n) {
+          const uint32_t word = upper ? random.word[(n / 2 + 2) % 4] : random.word[n / 2];
+          float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
+          x = (word >> 16 * (n % 2) & 0xffff) >= dropout.threshold ? x : 0.0f;
+        }
+      }
+    }
+  }
+
+  // output += scores v
+  __device__ __forceinline__ void multiply_v() {
+#pragma unroll
+    for (int step = 0; step < S::kBlockN / 16; ++step) {
+      FragmentA p[S::kTilesM];
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) {
+        const Accumulator &left = scores_[m][2 * step], &right = scores_[m][2 * step + 1];
+        p[m].r[0] = pack<T>(left.r[0], left.r[1]);
+        p[m].r[1] = pack<T>(left.r[2], left.r[3]);
+        p[m].r[2] = pack<T>(right.r[0], right.r[1]);
+        p[m].r[3] = pack<T>(right.r[2], right.r[3]);
+      }
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; d += 2) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, S::TileKv::step_of(v_, d / 2, 16 * step));
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) {
+          mma<T>(output_[m][d], p[m], b[0], b[1]);
+          mma<T>(output_[m][d + 1], p[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Divides by the sums, `sink` (natural units, -inf: none) being one more term of each, and
+  // returns the lse of every row.
+  __device__ __forceinline__ void finish(float scale, float sink, float factor,
+                                         float (&lse)[2 * S::kTilesM]) {
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+      float sum = sum_[row];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float own = max_[row] == -INFINITY ? -INFINITY : max_[row] * scale;
+      const float top = fmaxf(own, sink * kLog2e);
+      const float shrink = own == -INFINITY ? 0.0f : exp2f(own - top);
+      if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - top);
+      const float share = sum > 0.0f ? factor * shrink / sum : sum == 0.0f ? 0.0f : sum;
+      lse[row] = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; ++d) {
+        output_[row / 2][d].r[2 * (row % 2)] *= share;
+        output_[row / 2][d].r[2 * (row % 2) + 1] *= share;
+      }
+    }
+  }
+
+  // The output to the warp's rows of a shared tile.
+  __device__ __forceinline__ void stage_output(uint32_t tile, int first_row, int lane) const {
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; ++d) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = first_row + 16 * m + 8 * r + lane / 4;
+          const uint32_t pair = pack<T>(output_[m][d].r[2 * r], output_[m][d].r[2 * r + 1]);
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + S::TileQ::at(row, d) + lane % 4 * 4),
+                       "r"(pair));
+        }
+      }
+    }
+  }
+
+ private:
+  template <int kM, int kN>
+  static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][n].r[e] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void read_q(FragmentA& q, int step, int m) const {
+    ldmatrix(q.r, S::TileQ::step_of(q_, step, 16 * m));
+  }
+
+  __device__ __forceinline__ float row_max(int row) const {
+    float top = max_[row];
+#pragma unroll
+    for (int n = 0; n < S::kTilesN; ++n) {
+      const Accumulator& x = scores_[row / 2][n];
+      top = fmaxf(top, fmaxf(x.r[2 * (row % 2)], x.r[2 * (row % 2) + 1]));
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+  }
+
+  uint32_t q_, k_, v_;  // this lane's addresses in the tiles
+  FragmentA kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
+  Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];
+  float max_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // sum: of the lane's own columns
+};
+
+}  // namespace fl
