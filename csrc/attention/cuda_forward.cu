@@ -1,7 +1,8 @@
 // Attention forward on CUDA: the kernel around ForwardWarp, and its launcher.
+#include <algorithm>
+
 #include "attention/cuda_forward.cuh"
 #include "attention/kernels.h"
-#include <algorithm>
 #include "common/check.h"
 #include "common/dispatch.h"
 
@@ -21,15 +22,15 @@ struct ForwardShared {
 
 template <class S>
 __device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const AttentionForward& p,
-                                              const Sequence& sequence, const ScoreRules& rules,
-                                              int i0, int j0, int lane) {
+                                              const Sequence& sequence, const VisibleKeys& keys,
+                                              const ScoreRules& rules, int i0, int j0, int lane) {
   if constexpr (S::kGeneral) {
     warp.map(lane, [&](float x, int row, int column) {
       const int i = i0 + row, j = j0 + column;
       const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
       return visible ? rules(x, i, j) * kLog2e : -INFINITY;
     });
-  } else if (sequence.hides_some(i0, i0 + S::kWarpRows, j0, j0 + S::kBlockN)) {
+  } else if (!keys.all(j0, j0 + S::kBlockN)) {
     if (p.window_left < 0) {
       warp.map(lane, [&](float x, int row, int column) {
         return column < sequence.end(i0 + row) - j0 ? x : -INFINITY;
@@ -87,33 +88,45 @@ __global__ void __launch_bounds__(kForwardThreads)
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(m1 - 1);
 
   const ForwardShared<S> shared(memory);
-  const auto q = reader<T>(p.q, b, h, sequence.first_q, sequence.seqlen_q, p.head_dim);
-  const auto k = reader<T>(p.k, b, h / group, sequence.first_k, sequence.seqlen_k, p.head_dim);
-  const auto v = reader<T>(p.v, b, h / group, sequence.first_k, sequence.seqlen_k, p.head_dim_v);
-  copy_tile<typename S::TileQ, kForwardThreads>(shared.q, q, m0, thread);
-  copy_tile<typename S::TileKv, kForwardThreads>(shared.k, k, j_begin, thread);
+  const auto copy_q = copy_of<typename S::TileQ, T>(shared.q, p.q, b, h, sequence.first_q,
+                                                    sequence.seqlen_q, p.head_dim);
+  const auto copy_k = copy_of<typename S::TileKv, T>(shared.k, p.k, b, h / group, sequence.first_k,
+                                                     sequence.seqlen_k, p.head_dim);
+  const auto copy_v = copy_of<typename S::TileKv, T>(shared.v, p.v, b, h / group, sequence.first_k,
+                                                     sequence.seqlen_k, p.head_dim_v);
+  copy_q(m0);
+  copy_k(j_begin);
   commit_copies();
 
+  const VisibleKeys keys(sequence, i0, i0 + S::kWarpRows);
   ForwardWarp<S> warp(shared.q + first_row * S::TileQ::kRowBytes, shared.k, shared.v, lane);
   const ScoreRules rules(p, b, h, sequence.diagonal);
   const float scale = S::kGeneral ? 1.0f : p.softmax_scale * kLog2e;
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
     wait_for_copies<0>();
     __syncthreads();  // k is here; v has been used by all
-    copy_tile<typename S::TileKv, kForwardThreads>(shared.v, v, j0, thread);
+    copy_v(j0);
     commit_copies();
-    const bool visible = !sequence.hides_all(i0, i0 + S::kWarpRows, j0, j0 + S::kBlockN);
+    const bool visible = !keys.none(j0, j0 + S::kBlockN);
     if (j0 == j_begin) warp.load_q();
-    if (visible) warp.multiply_k();
+    if (visible) {
+      warp.multiply_k();
+      adjust_scores(warp, p, sequence, keys, rules, i0, j0, lane);
+      if (S::kGeneral || j0 == j_begin) {
+        warp.renew(scale);
+      } else if (!warp.exponentiate(scale)) {
+        warp.multiply_k();
+        adjust_scores(warp, p, sequence, keys, rules, i0, j0, lane);
+        warp.renew(scale);
+      }
+    }
     wait_for_copies<0>();
     __syncthreads();  // v is here; k has been used by all
     if (j0 + S::kBlockN < j_end) {
-      copy_tile<typename S::TileKv, kForwardThreads>(shared.k, k, j0 + S::kBlockN, thread);
+      copy_k(j0 + S::kBlockN);
       commit_copies();
     }
     if (!visible) continue;
-    adjust_scores(warp, p, sequence, rules, i0, j0, lane);
-    warp.exponentiate(scale);
     if constexpr (S::kGeneral) {
       const auto bh = static_cast<uint32_t>(b * p.heads_q + h);
       if (p.dropout.enabled()) warp.drop(p.dropout, bh, i0, j0, lane);
@@ -125,7 +138,7 @@ __global__ void __launch_bounds__(kForwardThreads)
   __syncthreads();
   float lse[2 * S::kTilesM];
   const float factor = p.dropout.enabled() ? p.dropout.scale() : 1.0f;
-  warp.finish(scale, p.sinks ? p.sinks[h] : -INFINITY, factor, lse);
+  warp.finish(p.sinks ? p.sinks[h] : -INFINITY, factor, lse);
   float* to = p.lse + b * p.lse_stride_b + h * p.lse_stride_h + sequence.first_q;
 #pragma unroll
   for (int row = 0; row < 2 * S::kTilesM; ++row) {

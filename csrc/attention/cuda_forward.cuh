@@ -13,6 +13,7 @@
 
 namespace fl {
 
+constexpr float kLargest = 1024.0f;  // sum of a lane's terms in a tile
 constexpr int kForwardWarps = 4, kForwardThreads = 32 * kForwardWarps;
 
 template <class T_, int kDim_, int kBlockN_, int kTilesM_, bool kGeneral_>
@@ -29,13 +30,16 @@ struct ForwardShape {
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKv::kBytes;
 };
 
-template <class T>
-__device__ __forceinline__ RowReader<T> reader(const TensorView4& x, int64_t b, int64_t h,
-                                               int64_t first, int rows, int64_t columns) {
+// Head h of batch b of x, from row `first` on, to a shared tile.
+template <class Tile, class T>
+__device__ __forceinline__ TileCopy<Tile, kForwardThreads, T> copy_of(uint32_t tile,
+                                                                      const TensorView4& x,
+                                                                      int64_t b, int64_t h,
+                                                                      int64_t first, int rows,
+                                                                      int64_t columns) {
   const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
-  data += first * x.stride_s;
-  const bool aligned = (reinterpret_cast<uintptr_t>(data) | (x.stride_s * sizeof(T))) % 16 == 0;
-  return {data, x.stride_s, rows, static_cast<int>(columns), aligned};
+  return {tile, data + first * x.stride_s, x.stride_s,
+          rows, static_cast<int>(columns), static_cast<int>(threadIdx.x)};
 }
 
 // The rows of one warp: scores, their softmax so far, and the output before its division. Row
@@ -51,7 +55,7 @@ class ForwardWarp {
     v_ = S::TileKv::lane_transposed(v, lane);
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
-      max_[row] = -INFINITY;
+      shift_[row] = -INFINITY;
       sum_[row] = 0.0f;
     }
     clear(output_);
@@ -69,7 +73,7 @@ class ForwardWarp {
 
   // scores = q k'
   __device__ __forceinline__ void multiply_k() {
-    clear(scores_);
+    const Accumulator zero = {{0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int step = 0; step < S::kSteps; ++step) {
       FragmentA fresh[S::kTilesM];
@@ -84,8 +88,8 @@ class ForwardWarp {
         ldmatrix(b, S::TileKv::step_of(k_, step, 8 * n));
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(scores_[m][n], q[m], b[0], b[1]);
-          mma<T>(scores_[m][n + 1], q[m], b[2], b[3]);
+          mma<T>(scores_[m][n], q[m], b[0], b[1], step ? scores_[m][n] : zero);
+          mma<T>(scores_[m][n + 1], q[m], b[2], b[3], step ? scores_[m][n + 1] : zero);
         }
       }
     }
@@ -107,36 +111,35 @@ class ForwardWarp {
     }
   }
 
-  // scores = exp2(scale * scores - maximum), with output and sums scaled to the new maximum.
-  __device__ __forceinline__ void exponentiate(float scale) {
-    float shrink[2 * S::kTilesM];
-    bool moved = false;
+  // scores = exp2(scale * scores - shift), where the shifts of earlier tiles serve. False, and
+  // nothing but scores has changed, where some became too large or a row has no shift yet.
+  //
+  // A running maximum would keep every term below 1. Terms below kLargest do as well: they cost no
+  // accuracy, and a maximum is looked for only where their sum says that one is needed.
+  __device__ __forceinline__ bool exponentiate(float scale) {
+    float sums[2 * S::kTilesM];
+    float all = 0.0f;  // infinite or NaN where a row's sum is
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) all += sums[row] = exponentiate_row(row, scale);
+    if (!__all_sync(~0u, all <= kLargest)) return false;
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) sum_[row] += sums[row];
+    return true;
+  }
+
+  // The same with each row's maximum so far as its shift; output and sums follow.
+  __device__ __forceinline__ void renew(float scale) {
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
-      const float before = max_[row], now = row_max(row);
-      moved |= now != before;
-      max_[row] = now;
-      const float shift = now == -INFINITY ? 0.0f : now * scale;
-      shrink[row] = exp2_approx(before * scale - shift);
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < S::kTilesN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
-          x = exp2_approx(fmaf(x, scale, -shift));
-          sum += x;
-        }
-      }
-      sum_[row] = fmaf(sum_[row], shrink[row], sum);
-    }
-    if (!__any_sync(~0u, moved)) return;
-#pragma unroll
-    for (int m = 0; m < S::kTilesM; ++m) {
+      const float now = fmaxf(shift_[row], row_max(row) * scale), before = shift_[row];
+      const float shrink = now == -INFINITY ? 1.0f : exp2_approx(before - now);
+      shift_[row] = now == -INFINITY ? 0.0f : now;
+      sum_[row] = fmaf(sum_[row], shrink, exponentiate_row(row, scale));
+      shift_[row] = now;
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) output_[m][d].r[e] *= shrink[2 * m + e / 2];
+        output_[row / 2][d].r[2 * (row % 2)] *= shrink;
+        output_[row / 2][d].r[2 * (row % 2) + 1] *= shrink;
       }
     }
   }
@@ -181,8 +184,8 @@ class ForwardWarp {
         ldmatrix_transposed(b, S::TileKv::step_of(v_, d / 2, 16 * step));
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(output_[m][d], p[m], b[0], b[1]);
-          mma<T>(output_[m][d + 1], p[m], b[2], b[3]);
+          mma<T>(output_[m][d], p[m], b[0], b[1], output_[m][d]);
+          mma<T>(output_[m][d + 1], p[m], b[2], b[3], output_[m][d + 1]);
         }
       }
     }
@@ -190,15 +193,13 @@ class ForwardWarp {
 
   // Divides by the sums, `sink` (natural units, -inf: none) being one more term of each, and
   // returns the lse of every row.
-  __device__ __forceinline__ void finish(float scale, float sink, float factor,
-                                         float (&lse)[2 * S::kTilesM]) {
+  __device__ __forceinline__ void finish(float sink, float factor, float (&lse)[2 * S::kTilesM]) {
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       float sum = sum_[row];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const float own = max_[row] == -INFINITY ? -INFINITY : max_[row] * scale;
-      const float top = fmaxf(own, sink * kLog2e);
+      const float own = shift_[row], top = fmaxf(own, sink * kLog2e);
       const float shrink = own == -INFINITY ? 0.0f : exp2f(own - top);
       if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - top);
       const float share = sum > 0.0f ? factor * shrink / sum : sum == 0.0f ? 0.0f : sum;
@@ -245,8 +246,22 @@ class ForwardWarp {
     ldmatrix(q.r, S::TileQ::step_of(q_, step, 16 * m));
   }
 
+  __device__ __forceinline__ float exponentiate_row(int row, float scale) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < S::kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
+        x = exp2_approx(fmaf(x, scale, -shift_[row]));
+        sum += x;
+      }
+    }
+    return sum;
+  }
+
   __device__ __forceinline__ float row_max(int row) const {
-    float top = max_[row];
+    float top = -INFINITY;
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
       const Accumulator& x = scores_[row / 2][n];
@@ -259,7 +274,7 @@ class ForwardWarp {
   uint32_t q_, k_, v_;  // this lane's addresses in the tiles
   FragmentA kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
   Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];
-  float max_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // sum: of the lane's own columns
+  float shift_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // in powers of 2; of the lane's own columns
 };
 
 }  // namespace fl

@@ -31,12 +31,22 @@ struct Sequence {
 
   __device__ __forceinline__ int begin(int i) const { return max(i + begin_offset, 0); }
   __device__ __forceinline__ int end(int i) const { return min(i + end_offset, seqlen_k); }
-  // Of the keys [j0, j1), as seen by rows [i0, i1).
-  __device__ __forceinline__ bool hides_all(int i0, int i1, int j0, int j1) const {
-    return j0 >= end(i1 - 1) || j1 <= begin(i0);
+};
+
+// The keys that some and that all of the rows [i0, i1) see.
+struct VisibleKeys {
+  int some_begin, some_end, all_begin, all_end;
+
+  __device__ __forceinline__ VisibleKeys(const Sequence& sequence, int i0, int i1)
+      : some_begin(sequence.begin(i0)),
+        some_end(sequence.end(i1 - 1)),
+        all_begin(sequence.begin(i1 - 1)),
+        all_end(sequence.end(i0)) {}
+  __device__ __forceinline__ bool none(int j0, int j1) const {
+    return j0 >= some_end || j1 <= some_begin;
   }
-  __device__ __forceinline__ bool hides_some(int i0, int i1, int j0, int j1) const {
-    return j1 > end(i0) || j0 < begin(i1 - 1);
+  __device__ __forceinline__ bool all(int j0, int j1) const {
+    return j0 >= all_begin && j1 <= all_end;
   }
 };
 

@@ -45,20 +45,58 @@ struct SharedTile {
   }
 };
 
-// Rows of a matrix in global memory: how they can be read.
-template <class T>
-struct RowReader {
-  const T* data;   // row 0
-  int64_t stride;  // elements between rows
-  int rows;        // those from here on are zero
-  int columns;     // likewise
-  bool aligned;    // every row begins at a multiple of 16 bytes
+// Rows of a matrix in global memory, on their way into shared tiles: what one of kThreads threads
+// copies. It has one chunk of a panel and every kStep-th row; where it puts them differs by
+// constants.
+template <class Tile, int kThreads, class T>
+class TileCopy {
+  static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;
+  static_assert(Tile::kRows % kStep == 0 && kStep % 8 == 0);
 
-  // Eight columns to shared memory: by an asynchronous copy, or one by one.
-  __device__ __forceinline__ void copy(uint32_t to, int row, int column) const {
-    const int count = row < rows ? min(max(columns - column, 0), 8) : 0;
-    const T* from = data + (count > 0 ? row * stride + column : 0);
-    bool whole = aligned;
+ public:
+  // Rows from `rows` and columns from `columns` on are zero.
+  __device__ __forceinline__ TileCopy(uint32_t tile, const T* data, int64_t stride, int rows,
+                                      int columns, int thread)
+      : stride_(stride), rows_(rows), columns_(columns) {
+    row_ = thread / Tile::kChunks;
+    chunk_ = thread % Tile::kChunks;
+    to_ = tile + Tile::at(row_, chunk_);
+    at_ = data + row_ * stride + 8 * chunk_;
+    aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
+    whole_rows_ = aligned_ && columns == Tile::kColumns ? rows : 0;
+  }
+
+  // The tile's rows are those from `row` on.
+  __device__ __forceinline__ void operator()(int row) const {
+    const T* at = at_ + row * stride_;
+    if (row + Tile::kRows > whole_rows_) return copy_tail(at, row);
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; r += kStep) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_async(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes, at + panel * Tile::kPanel,
+                   16);
+      }
+      at += kStep * stride_;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void copy_tail(const T* at, int row) const {
+    for (int r = 0; r < Tile::kRows; r += kStep) {
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int column = panel * Tile::kPanel + 8 * chunk_;
+        const bool inside = row + row_ + r < rows_;
+        copy_chunk(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
+                   at + r * stride_ + panel * Tile::kPanel,
+                   inside ? min(max(columns_ - column, 0), 8) : 0);
+      }
+    }
+  }
+
+  // `count` of eight columns: by an asynchronous copy, or one by one.
+  __device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int count) const {
+    bool whole = aligned_;
 #if __CUDA_ARCH__ < 800
     whole = whole && (count == 8 || count == 0);
 #endif
@@ -70,21 +108,12 @@ struct RowReader {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
                  "r"(bits.z), "r"(bits.w));
   }
-};
 
-// The tile's rows from `row` of the matrix on, by kThreads threads.
-template <class Tile, int kThreads, class T>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const RowReader<T>& from, int row,
-                                          int thread) {
-  constexpr int kChunksPerRow = Tile::kColumns / 8;
-  constexpr int kTurns = Tile::kRows * kChunksPerRow / kThreads;
-  static_assert(Tile::kRows * kChunksPerRow % kThreads == 0);
-#pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int index = turn * kThreads + thread;
-    const int r = index / kChunksPerRow, chunk = index % kChunksPerRow;
-    from.copy(tile + Tile::at(r, chunk), row + r, 8 * chunk);
-  }
-}
+  const T* at_;
+  int64_t stride_;
+  uint32_t to_;
+  int rows_, columns_, whole_rows_, row_, chunk_;
+  bool aligned_;
+};
 
 }  // namespace fl

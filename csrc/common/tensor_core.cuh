@@ -24,42 +24,45 @@ struct Accumulator {
   float r[4];
 };
 
-// c += a b
+// d = a b + c
 template <class T>
-__device__ __forceinline__ void mma(Accumulator& c, const FragmentA& a, uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma(Accumulator& d, const FragmentA& a, uint32_t b0, uint32_t b1,
+                                    const Accumulator& c);
+
+#define FL_MMA(instruction, a_names, b_names, c_names, ...)                            \
+  asm volatile(instruction " {%0, %1, %2, %3}, " a_names ", " b_names ", " c_names ";" \
+               : "=f"(d.r[0]), "=f"(d.r[1]), "=f"(d.r[2]), "=f"(d.r[3])                \
+               : __VA_ARGS__, "f"(c.r[0]), "f"(c.r[1]), "f"(c.r[2]), "f"(c.r[3]))
+#define FL_MMA16(types)                                                                         \
+  FL_MMA("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32", "{%4, %5, %6, %7}", "{%8, %9}", \
+         "{%10, %11, %12, %13}", "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0),   \
+         "r"(b1))
 
 template <>
-__device__ __forceinline__ void mma<__half>(Accumulator& c, const FragmentA& a, uint32_t b0,
-                                            uint32_t b1) {
+__device__ __forceinline__ void mma<__half>(Accumulator& d, const FragmentA& a, uint32_t b0,
+                                            uint32_t b1, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
+  FL_MMA16("f16.f16");
 #else
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
-        : "r"(a.r[2 * half]), "r"(a.r[2 * half + 1]), "r"(half ? b1 : b0));
-  }
+  FL_MMA("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}",
+         "{%7, %8, %9, %10}", "r"(a.r[0]), "r"(a.r[1]), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d.r[0]), "+f"(d.r[1]), "+f"(d.r[2]), "+f"(d.r[3])
+      : "r"(a.r[2]), "r"(a.r[3]), "r"(b1));
 #endif
 }
 
 template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(Accumulator& c, const FragmentA& a, uint32_t b0,
-                                                   uint32_t b1) {
+__device__ __forceinline__ void mma<__nv_bfloat16>(Accumulator& d, const FragmentA& a, uint32_t b0,
+                                                   uint32_t b1, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c.r[0]), "+f"(c.r[1]), "+f"(c.r[2]), "+f"(c.r[3])
-      : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
+  FL_MMA16("bf16.bf16");
 #endif
 }
+#undef FL_MMA16
+#undef FL_MMA
 
 // Two numbers to one register, the first in the lower half.
 template <class T>
