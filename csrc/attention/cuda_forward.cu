@@ -101,6 +101,11 @@ __global__ void __launch_bounds__(kForwardThreads)
   const VisibleKeys keys(sequence, i0, i0 + S::kWarpRows);
   ForwardWarp<S> warp(shared.q + first_row * S::TileQ::kRowBytes, shared.k, shared.v, lane);
   const ScoreRules rules(p, b, h, sequence.diagonal);
+  Dropout dropout = p.dropout;
+  if (p.dropout_rng) {
+    dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
+    dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
+  }
   const float scale = S::kGeneral ? 1.0f : p.softmax_scale * kLog2e;
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
     wait_for_copies<0>();
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(kForwardThreads)
     if (!visible) continue;
     if constexpr (S::kGeneral) {
       const auto bh = static_cast<uint32_t>(b * p.heads_q + h);
-      if (p.dropout.enabled()) warp.drop(p.dropout, bh, i0, j0, lane);
+      if (p.dropout.enabled()) warp.drop(dropout, bh, i0, j0, lane);
     }
     warp.multiply_v();
   }
@@ -154,6 +159,7 @@ template <class S>
 void launch(const AttentionForward& p, cudaStream_t stream) {
   auto* kernel = attention_forward_kernel<S>;
   FL_CHECK(p.batch <= 65535 && p.heads_q <= 65535, "attention: more than 65535 heads or batches");
+  FL_CHECK(p.seqlen_q < kFar && p.seqlen_k < kFar, "attention: a sequence of 2^30 rows or more");
   if constexpr (S::kSharedBytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
@@ -197,6 +203,13 @@ void cuda_attention_forward(const AttentionForward& p, void* stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat16) return with_shape<__half>(p, cuda_stream);
+  FL_CHECK(p.dtype == DType::kBFloat16, "attention: the CUDA kernels take float16 and bfloat16");
+  int device = 0, major = 0;
+  FL_CHECK(
+      cudaGetDevice(&device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess,
+      "attention: no CUDA device");
+  FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
   with_shape<__nv_bfloat16>(p, cuda_stream);
 }
 

@@ -6,3 +6,11 @@
 
 FL_DECLARE_CPU_KERNEL(void, attention_forward, const ::fl::AttentionForward&)
 FL_DECLARE_CPU_KERNEL(void, attention_backward, const ::fl::AttentionBackward&)
+
+namespace fl {
+
+// Present where the CUDA sources are compiled in: test the address before calling. float16 and,
+// from sm_80 on, bfloat16.
+__attribute__((weak)) void cuda_attention_forward(const AttentionForward& p, void* stream);
+
+}  // namespace fl

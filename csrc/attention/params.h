@@ -61,6 +61,7 @@ struct AttentionForward {
   int64_t alibi_stride_b = 0;
   const float* sinks = nullptr;  // (Hq,)
   Dropout dropout{0, 0, 0};
+  const int64_t* dropout_rng = nullptr;  // (2,): seed and offset; CUDA reads them on the device
   bool deterministic = false;
 };
 

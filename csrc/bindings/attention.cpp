@@ -1,278 +1,42 @@
-// attention_forward and attention_backward: dense, packed (cu_seqlens) and decoding
-// (cache_seqlens). The checks here are what memory safety needs; fastlayers/ops/attention.py
-// explains a wrong call better.
+// attention_forward and attention_backward on the CPU: dense, packed (cu_seqlens) and decoding
+// (cache_seqlens).
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <stdexcept>
 #include <tuple>
 
 #include "attention/kernels.h"
-#include "bindings/tensor.h"
+#include "bindings/attention_inputs.h"
 
 namespace fl {
 namespace {
-
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
-
-struct Inputs {
-  Tensor query, key, value;  // (B, H, S, D); with cu_seqlens (T, H, D)
-  OptionalTensor attn_mask, alibi_slopes, sinks, dropout_rng;
-  OptionalTensor cu_seqlens_q, cu_seqlens_k, cache_seqlens;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double dropout_p;
-  bool is_causal, bottom_right;
-  double scale;
-  int64_t window_left, window_right;
-  double softcap;
-  bool deterministic;
-
-  bool packed() const { return cu_seqlens_q.has_value(); }
-};
-
-// The last dimension dense, copied where it is not.
-Tensor dense(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool is_dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return is_dense ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
-
-template <class T>
-T* data(const OptionalTensor& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t dim = 0;
-  for (int64_t size : sizes) {
-    if (tensor.size(dim++) != size) return false;
-  }
-  return true;
-}
-
-// A dense copy-free vector or matrix of one dtype on the CPU.
-void prepare(OptionalTensor& tensor, ScalarType dtype, const char* name) {
-  if (!tensor) return;
-  FL_CHECK(tensor->is_cpu(), "attention: ", name, " has to be on the CPU");
-  FL_CHECK(tensor->scalar_type() == dtype, "attention: ", name, " has the wrong dtype");
-  tensor = torch::stable::contiguous(*tensor);
-}
-
-void check_heads(const Inputs& in) {
-  const int64_t dims = in.packed() ? 3 : 4;
-  for (const Tensor* tensor : {&in.query, &in.key, &in.value}) {
-    FL_CHECK(tensor->is_cpu(), "attention: query, key and value have to be on the CPU");
-    FL_CHECK(tensor->dim() == dims, "attention: query, key and value need ", dims, " dimensions");
-    FL_CHECK(tensor->scalar_type() == in.query.scalar_type(),
-             "attention: query, key and value need one dtype");
-  }
-  const int64_t head_dim = in.query.size(dims - 1), head_dim_v = in.value.size(dims - 1);
-  FL_CHECK(in.key.size(dims - 1) == head_dim, "attention: key has head_dim ", in.key.size(dims - 1),
-           ", query has ", head_dim);
-  FL_CHECK(head_dim >= 1 && head_dim <= 256 && head_dim_v >= 1 && head_dim_v <= 256,
-           "attention: head_dim has to be 1 to 256, got ", head_dim, " and ", head_dim_v);
-  const int64_t heads_q = in.query.size(1), heads_k = in.key.size(1);
-  FL_CHECK(heads_k > 0 ? heads_q % heads_k == 0 : heads_q == 0, "attention: the query's ", heads_q,
-           " heads are not a multiple of the key's ", heads_k);
-  FL_CHECK(in.value.size(1) == heads_k, "attention: value has ", in.value.size(1),
-           " heads, key has ", heads_k);
-  const int64_t rows = in.packed() ? 0 : 2;
-  FL_CHECK(in.value.size(rows) == in.key.size(rows), "attention: value has seqlen ",
-           in.value.size(rows), ", key has ", in.key.size(rows));
-  FL_CHECK(
-      in.packed() || (in.key.size(0) == in.query.size(0) && in.value.size(0) == in.query.size(0)),
-      "attention: query, key and value need one batch size");
-}
-
-// What only the values can tell; a ValueError in Python.
-[[noreturn]] void fail_value(const char* name, const char* what, int64_t got, int64_t limit) {
-  std::ostringstream message;
-  message << "attention: " << name << what << " (" << got << ", limit " << limit << ")";
-  throw std::invalid_argument(message.str());
-}
-
-void check_cu_seqlens(const OptionalTensor& cu_seqlens, int64_t total, int64_t max_seqlen,
-                      const char* name) {
-  FL_CHECK(cu_seqlens && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "attention: ", name,
-           " has to be (B + 1,)");
-  const int32_t* value = data<int32_t>(*cu_seqlens);
-  const int64_t batch = cu_seqlens->size(0) - 1;
-  if (value[0] != 0) fail_value(name, " has to start with 0", value[0], 0);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t seqlen = static_cast<int64_t>(value[b + 1]) - value[b];
-    if (seqlen < 0) fail_value(name, " decreases", value[b + 1], value[b]);
-    if (seqlen > max_seqlen) fail_value(name, " has a longer sequence", seqlen, max_seqlen);
-  }
-  if (value[batch] > total) fail_value(name, " ends behind the last row", value[batch], total);
-}
-
-void check_lengths(Inputs& in) {
-  prepare(in.cu_seqlens_q, ScalarType::Int, "cu_seqlens_q");
-  prepare(in.cu_seqlens_k, ScalarType::Int, "cu_seqlens_k");
-  prepare(in.cache_seqlens, ScalarType::Int, "cache_seqlens");
-  FL_CHECK(in.packed() == in.cu_seqlens_k.has_value(),
-           "attention: cu_seqlens_q and cu_seqlens_k come together");
-  if (in.packed()) {
-    FL_CHECK(in.max_seqlen_q >= 0 && in.max_seqlen_k >= 0, "attention: a negative max_seqlen");
-    FL_CHECK(!in.cache_seqlens && !in.attn_mask,
-             "attention: packed sequences take neither cache_seqlens nor attn_mask");
-    check_cu_seqlens(in.cu_seqlens_q, in.query.size(0), in.max_seqlen_q, "cu_seqlens_q");
-    check_cu_seqlens(in.cu_seqlens_k, in.key.size(0), in.max_seqlen_k, "cu_seqlens_k");
-    FL_CHECK(in.cu_seqlens_q->size(0) == in.cu_seqlens_k->size(0),
-             "attention: cu_seqlens_q and cu_seqlens_k need one size");
-  }
-  if (in.cache_seqlens) {
-    FL_CHECK(has_sizes(*in.cache_seqlens, {in.query.size(0)}),
-             "attention: cache_seqlens has to be (B,)");
-    const int32_t* value = data<int32_t>(*in.cache_seqlens);
-    for (int64_t b = 0; b < in.query.size(0); ++b) {
-      if (value[b] < 0) fail_value("cache_seqlens", " is negative", value[b], 0);
-      if (value[b] > in.key.size(2)) {
-        fail_value("cache_seqlens", " exceeds the cache", value[b], in.key.size(2));
-      }
-    }
-  }
-}
-
-// Checks everything a kernel relies on, and copies what is not laid out as kernels read it.
-void prepare(Inputs& in) {
-  check_heads(in);
-  in.query = dense(in.query);
-  in.key = dense(in.key);
-  in.value = dense(in.value);
-  check_lengths(in);
-  prepare(in.alibi_slopes, ScalarType::Float, "alibi_slopes");
-  prepare(in.sinks, ScalarType::Float, "sinks");
-  prepare(in.dropout_rng, ScalarType::Long, "dropout_rng");
-  const int64_t batch = in.packed() ? in.cu_seqlens_q->size(0) - 1 : in.query.size(0);
-  const int64_t heads = in.query.size(1);
-  FL_CHECK(!in.alibi_slopes || has_sizes(*in.alibi_slopes, {heads}) ||
-               has_sizes(*in.alibi_slopes, {batch, heads}),
-           "attention: alibi_slopes has to be (Hq,) or (B, Hq)");
-  FL_CHECK(!in.sinks || has_sizes(*in.sinks, {heads}), "attention: sinks has to be (Hq,)");
-  FL_CHECK(!in.dropout_rng || has_sizes(*in.dropout_rng, {2}),
-           "attention: dropout_rng has to be (2,)");
-  FL_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1, "attention: dropout_p = ", in.dropout_p);
-  FL_CHECK(in.dropout_p == 0 || in.dropout_rng, "attention: dropout needs dropout_rng");
-  if (!in.attn_mask) return;
-  const int64_t full[] = {batch, heads, in.query.size(2), in.key.size(2)};
-  FL_CHECK(in.attn_mask->is_cpu() && in.attn_mask->dim() == 4,
-           "attention: attn_mask needs four dimensions, on the CPU");
-  for (int64_t dim = 0; dim < 4; ++dim) {
-    FL_CHECK(in.attn_mask->size(dim) == 1 || in.attn_mask->size(dim) == full[dim],
-             "attention: attn_mask has ", in.attn_mask->size(dim), " in dimension ", dim,
-             ", the scores have ", full[dim]);
-  }
-}
-
-TensorView4 view(const Tensor& tensor, bool packed) {
-  void* pointer = data<void>(tensor);
-  if (packed) return {pointer, 0, tensor.stride(1), tensor.stride(0)};
-  return {pointer, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-MaskView view_mask(const OptionalTensor& mask) {
-  MaskView view;
-  if (!mask) return view;
-  const bool is_bool = mask->scalar_type() == ScalarType::Bool;
-  view.kind = is_bool ? MaskKind::kBool : MaskKind::kAdditive;
-  if (!is_bool) view.dtype = dtype_of(*mask, "attention: attn_mask");
-  view.data = data<void>(*mask);
-  const auto stride = [&](int64_t dim) { return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
-  view.stride_b = stride(0);
-  view.stride_h = stride(1);
-  view.stride_q = stride(2);
-  view.stride_k = stride(3);
-  return view;
-}
-
-// Uninitialised, of like's shape but for the last dimension: heads inside the sequence (the free
-// reshape to (B, S, H * D)) where `like` has them so, else contiguous.
-Tensor allocate_like(const Tensor& like, int64_t last) {
-  if (like.dim() == 3) {
-    return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
-  }
-  const int64_t batch = like.size(0), heads = like.size(1), seqlen = like.size(2);
-  if (like.stride(1) >= like.stride(2)) {
-    return torch::stable::new_empty(like, {batch, heads, seqlen, last});
-  }
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, seqlen, heads, last}), 1,
-                                  2);
-}
 
 // Rows behind the last packed sequence, which no kernel visits.
 bool has_rest(const OptionalTensor& cu_seqlens, const Tensor& tensor) {
   return cu_seqlens && data<int32_t>(*cu_seqlens)[cu_seqlens->size(0) - 1] < tensor.size(0);
 }
 
-// No window is wider than all positions together: beyond that it is unlimited.
-int64_t clip_window(int64_t window, const AttentionForward& p) {
-  return window < 0 || window > p.seqlen_q + p.seqlen_k ? -1 : window;
-}
-
-AttentionForward parameters(const Inputs& in, const Tensor& out, const Tensor& lse) {
-  AttentionForward p{};
-  const bool packed = in.packed();
-  p.dtype = dtype_of(in.query, "attention: query");
-  p.q = view(in.query, packed);
-  p.k = view(in.key, packed);
-  p.v = view(in.value, packed);
-  p.o = view(out, packed);
-  p.lse = data<float>(lse);
-  p.batch = packed ? in.cu_seqlens_q->size(0) - 1 : in.query.size(0);
-  p.heads_q = in.query.size(1);
-  p.heads_k = in.key.size(1);
-  p.seqlen_q = packed ? in.max_seqlen_q : in.query.size(2);
-  p.seqlen_k = packed ? in.max_seqlen_k : in.key.size(2);
-  p.head_dim = in.query.size(in.query.dim() - 1);
-  p.head_dim_v = in.value.size(in.value.dim() - 1);
-  p.lse_stride_h = packed ? in.query.size(0) : p.seqlen_q;
-  p.lse_stride_b = packed ? 0 : p.heads_q * p.seqlen_q;
-  p.cu_seqlens_q = data<int32_t>(in.cu_seqlens_q);
-  p.cu_seqlens_k = data<int32_t>(in.cu_seqlens_k);
-  p.cache_seqlens = data<int32_t>(in.cache_seqlens);
-  p.softmax_scale = static_cast<float>(in.scale);
-  p.softcap = static_cast<float>(in.softcap);
-  p.is_causal = in.is_causal;
-  p.bottom_right = in.bottom_right;
-  p.window_left = clip_window(in.window_left, p);
-  p.window_right = clip_window(in.window_right, p);
-  p.mask = view_mask(in.attn_mask);
-  p.alibi_slopes = data<float>(in.alibi_slopes);
-  p.alibi_stride_b = in.alibi_slopes && in.alibi_slopes->dim() == 2 ? p.heads_q : 0;
-  p.sinks = data<float>(in.sinks);
-  if (in.dropout_rng) {
-    const int64_t* rng = data<int64_t>(*in.dropout_rng);
-    p.dropout = {static_cast<uint64_t>(rng[0]), static_cast<uint32_t>(rng[1]),
-                 dropout_threshold(in.dropout_p)};
+// The parameters, with the random state that lies in host memory.
+AttentionForward on_cpu(const AttentionInputs& in, const Tensor& out, const Tensor& lse) {
+  AttentionForward p = parameters(in, out, lse);
+  if (p.dropout_rng) {
+    p.dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
+    p.dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
   }
-  p.deterministic = in.deterministic;
   return p;
 }
 
-std::tuple<Tensor, Tensor> forward(Inputs in) {
+std::tuple<Tensor, Tensor> forward(AttentionInputs in) {
   const Tensor query = in.query;
   prepare(in);
   const Tensor out = allocate_like(query, in.value.size(in.value.dim() - 1));
-  const Tensor lse =
-      in.packed()
-          ? torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float)
-          : torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
-                                     ScalarType::Float);
+  const Tensor lse = allocate_lse(in);
   if (has_rest(in.cu_seqlens_q, in.query)) {
     torch::stable::fill_(out, 0.0);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
-  const AttentionForward p = parameters(in, out, lse);
+  const AttentionForward p = on_cpu(in, out, lse);
   if (out.numel() > 0) FL_CALL_CPU_KERNEL(attention_forward, p);
   return {out, lse};
 }
@@ -291,8 +55,8 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
 }
 
 // grad_out, out and lse as they belong to these inputs.
-void check_results(const Inputs& in, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                   const Tensor& out, const Tensor& lse) {
+void check_results(const AttentionInputs& in, const Tensor& grad_out,
+                   const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse) {
   const Tensor& query = in.query;
   const int64_t head_dim_v = in.value.size(in.value.dim() - 1);
   for (const Tensor* tensor : {&grad_out, &out}) {
@@ -316,7 +80,7 @@ Tensor zeros_or_none(const Tensor& like, const OptionalTensor& wanted) {
   return torch::stable::new_zeros(like, wanted->sizes(), ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Tensor grad_out,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(AttentionInputs in, Tensor grad_out,
                                                             OptionalTensor grad_lse, Tensor out,
                                                             Tensor lse, bool mask_gradient,
                                                             bool sinks_gradient) {
@@ -344,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs in, Tensor gr
   const Tensor dsinks = zeros_or_none(query, sinks_gradient ? in.sinks : std::nullopt);
 
   AttentionBackward p{};
-  p.forward = parameters(in, out, lse);
+  p.forward = on_cpu(in, out, lse);
   p.dout = view(grad_out, in.packed());
   p.dlse = data<float>(grad_lse);
   p.dq = view(dquery, in.packed());
@@ -377,10 +141,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     double dropout_p, bool is_causal, bool bottom_right, double scale, int64_t window_left,
     int64_t window_right, double softcap, bool deterministic, bool mask_gradient,
     bool sinks_gradient) {
-  Inputs in{query,        key,          value,        attn_mask,    alibi_slopes,
-            sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
-            max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
-            scale,        window_left,  window_right, softcap,      deterministic};
+  AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
+                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
+                     max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
+                     scale,        window_left,  window_right, softcap,      deterministic};
   return backward(std::move(in), grad_out, grad_lse, out, lse, mask_gradient, sinks_gradient);
 }
 

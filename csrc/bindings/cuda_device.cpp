@@ -33,6 +33,12 @@ bool CudaDevice::holds(const TensorRef& tensor) const {
   return tensor.device_type() == aoti_torch_device_type_cuda() && tensor.device_index() == index_;
 }
 
+void CudaDevice::admit(const Tensor& tensor, const char* what) const {
+  FL_CHECK(holds(tensor), what, " has to be on CUDA device ", index_);
+}
+
+Tensor CudaDevice::output(Tensor tensor) const { return tensor; }
+
 Tensor CudaDevice::empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
   const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, index_);
   return torch::stable::empty(sizes, dtype, std::nullopt, device);

@@ -25,6 +25,14 @@ class CudaDevice {
   bool holds(const TensorRef& tensor) const;
   bool holds(const Tensor& tensor) const { return holds(TensorRef(tensor.get())); }
 
+  // Throws unless the tensor lies there. Kernels see only what was admitted or allocated here.
+  void admit(const Tensor& tensor, const char* what) const;
+  void admit(const std::optional<Tensor>& tensor, const char* what) const {
+    if (tensor) admit(*tensor, what);
+  }
+  // A tensor that was just allocated there, for a kernel to fill.
+  Tensor output(Tensor tensor) const;
+
   // A tensor there, not initialised.
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const;
 

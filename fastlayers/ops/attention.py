@@ -366,11 +366,11 @@ def _deterministic(wanted):
 
 def _call(op, backend, query, key, value, *arguments):
     """Every backend takes the arguments of reference.attention, in its order, and returns (out, lse)."""
-    chosen = backends.choose(op, _facts_of(query, value), backend)
+    chosen = backends.choose(op, _facts_of(query, key, value, *arguments[:3]), backend)
     if chosen == "reference":
         _check_length_values(op, query, key, *arguments[4:9])
         return reference.attention(query, key, value, *arguments)
-    return torch.ops.fastlayers.attention_forward(query, key, value, *arguments)
+    return backends.operators(chosen).attention_forward(query, key, value, *arguments)
 
 
 def _check_length_values(op, query, key, cu_seqlens_q, cu_seqlens_k, cache_seqlens, max_seqlen_q, max_seqlen_k):
@@ -394,8 +394,10 @@ def _check_cu_seqlens(op, name, rows, total, max_seqlen):
             raise ValueError(f"{op}: {name} goes from {begin} to {end}; a sequence has 0 to {max_seqlen} rows")
 
 
-def _facts_of(query, value):
+def _facts_of(query, key, value, *others):
+    tensors = [tensor for tensor in (query, key, value, *others) if tensor is not None]
     return {
+        "needs_gradient": torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         "device": query.device.type,
         "dtype": query.dtype,
         "head_dim": query.shape[-1],
@@ -404,27 +406,40 @@ def _facts_of(query, value):
 
 
 def _attention_facts(query, key, value, *args, **kwargs):
-    query, _, value = _check_inputs("attention", query, key=key, value=value)
-    return _facts_of(query, value)
+    return _facts_of(*_check_inputs("attention", query, key=key, value=value))
 
 
 def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
-    query, _, value = _check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache)
-    return _facts_of(query, value)
+    return _facts_of(*_check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache))
 
 
 def _cpu_reason(facts):
     if facts["dtype"] not in _KERNEL_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    return _head_dim_reason(facts) or backends.native_reason(facts)
+
+
+def _head_dim_reason(facts):
     for name in ("head_dim", "head_dim_v"):
         if not 1 <= facts[name] <= MAX_HEAD_DIM:
             return f"{name} has to be 1 to {MAX_HEAD_DIM}, got {facts[name]}"
-    return backends.native_reason(facts)
+    return None
 
 
-backends.register("attention", facts=_attention_facts, cpu=_cpu_reason)
-backends.register("varlen_attention", facts=_attention_facts, cpu=_cpu_reason)
-backends.register("decode_attention", facts=_decode_facts, cpu=_cpu_reason)
+def _cuda_reason(facts):
+    if facts["dtype"] not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
+    if facts["needs_gradient"]:
+        return "the CUDA kernels have no backward yet"
+    return _head_dim_reason(facts) or backends.cuda_reason(facts)
+
+
+for _op, _op_facts in (
+    ("attention", _attention_facts),
+    ("varlen_attention", _attention_facts),
+    ("decode_attention", _decode_facts),
+):
+    backends.register(_op, facts=_op_facts, cpu=_cpu_reason, cuda=_cuda_reason)
 
 
 # The compiled kernels: shapes without values, and gradients.

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/check.h"
 #include "runtime.h"
 
 namespace fl {
@@ -16,15 +17,25 @@ bool CudaDevice::holds(const TensorRef& tensor) const {
          !sim::simulator().on_host(tensor.data());
 }
 
-// Filled with ones, which are NaN in every floating dtype: what a kernel reads before it writes
-// shows.
-Tensor CudaDevice::empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
-  Tensor tensor = torch::stable::empty(sizes, dtype);
+// An operator may admit copies that it made: dense ones, whose memory nobody has told of yet.
+void CudaDevice::admit(const Tensor& tensor, const char* what) const {
+  FL_CHECK(holds(tensor), what, " has to be on the simulated GPU");
+  size_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes && tensor.is_contiguous()) sim::simulator().allocated(tensor.data_ptr(), bytes);
+}
+
+// Filled with ones, which are NaN in every floating dtype: what a kernel reads before it writes, or
+// leaves out, shows.
+Tensor CudaDevice::output(Tensor tensor) const {
   const size_t bytes = tensor.numel() * tensor.element_size();
   if (bytes == 0) return tensor;
   std::memset(tensor.data_ptr(), 0xff, bytes);
   sim::simulator().allocated(tensor.data_ptr(), bytes);
   return tensor;
+}
+
+Tensor CudaDevice::empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+  return output(torch::stable::empty(sizes, dtype));
 }
 
 }  // namespace fl
