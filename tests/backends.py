@@ -24,7 +24,7 @@ BACKENDS = {
 _SIMULATOR = os.environ.get("FASTLAYERS_SIMULATOR", "")
 _HAS_GPU = torch.cuda.is_available() and torch.version.cuda is not None
 SIMULATED = _SIMULATOR != "0" and (bool(_SIMULATOR) or not _HAS_GPU)
-_ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
+ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is imported, by tests/test_adam_triton.py
 _AVAILABLE = {"cpu"}
@@ -44,7 +44,7 @@ def device_of(backend):
     elif SIMULATED:
         from tests import simulator
 
-        simulator.install(_ARCH)
+        simulator.install(ARCH)
         try:
             yield
         finally:

@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(kForwardThreads)
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(m1 - 1);
 
   const ForwardShared<S> shared(memory);
-  const auto copy_q = copy_of<typename S::TileQ, T>(shared.q, p.q, b, h, sequence.first_q,
-                                                    sequence.seqlen_q, p.head_dim);
-  const auto copy_k = copy_of<typename S::TileKv, T>(shared.k, p.k, b, h / group, sequence.first_k,
-                                                     sequence.seqlen_k, p.head_dim);
-  const auto copy_v = copy_of<typename S::TileKv, T>(shared.v, p.v, b, h / group, sequence.first_k,
-                                                     sequence.seqlen_k, p.head_dim_v);
-  copy_q(m0);
-  copy_k(j_begin);
+  auto copy_q = copy_of<typename S::TileQ, T>(shared.q, p.q, b, h, sequence.first_q, m0,
+                                              sequence.seqlen_q, p.head_dim);
+  auto copy_k = copy_of<typename S::TileKv, T>(shared.k, p.k, b, h / group, sequence.first_k,
+                                               j_begin, sequence.seqlen_k, p.head_dim);
+  auto copy_v = copy_of<typename S::TileKv, T>(shared.v, p.v, b, h / group, sequence.first_k,
+                                               j_begin, sequence.seqlen_k, p.head_dim_v);
+  copy_q.next();
+  copy_k.next();
   commit_copies();
 
   const VisibleKeys keys(sequence, i0, i0 + S::kWarpRows);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kForwardThreads)
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
     wait_for_copies<0>();
     __syncthreads();  // k is here; v has been used by all
-    copy_v(j0);
+    copy_v.next();
     commit_copies();
     const bool visible = !keys.none(j0, j0 + S::kBlockN);
     if (j0 == j_begin) warp.load_q();
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kForwardThreads)
     wait_for_copies<0>();
     __syncthreads();  // v is here; k has been used by all
     if (j0 + S::kBlockN < j_end) {
-      copy_k(j0 + S::kBlockN);
+      copy_k.next();
       commit_copies();
     }
     if (!visible) continue;

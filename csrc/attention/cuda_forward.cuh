@@ -30,16 +30,22 @@ struct ForwardShape {
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKv::kBytes;
 };
 
-// Head h of batch b of x, from row `first` on, to a shared tile.
+// Head h of batch b of x to a shared tile; row 0 is row `first` of x, the first tile begins at
+// `row`.
 template <class Tile, class T>
 __device__ __forceinline__ TileCopy<Tile, kForwardThreads, T> copy_of(uint32_t tile,
                                                                       const TensorView4& x,
                                                                       int64_t b, int64_t h,
-                                                                      int64_t first, int rows,
-                                                                      int64_t columns) {
+                                                                      int64_t first, int row,
+                                                                      int rows, int64_t columns) {
   const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
-  return {tile, data + first * x.stride_s, x.stride_s,
-          rows, static_cast<int>(columns), static_cast<int>(threadIdx.x)};
+  return {tile,
+          data + first * x.stride_s,
+          x.stride_s,
+          row,
+          rows,
+          static_cast<int>(columns),
+          static_cast<int>(threadIdx.x)};
 }
 
 // The rows of one warp: scores, their softmax so far, and the output before its division. Row

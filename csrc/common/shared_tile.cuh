@@ -45,52 +45,52 @@ struct SharedTile {
   }
 };
 
-// Rows of a matrix in global memory, on their way into shared tiles: what one of kThreads threads
-// copies. It has one chunk of a panel and every kStep-th row; where it puts them differs by
-// constants.
+// Rows of a matrix in global memory, on their way into one shared tile after the other: what one of
+// kThreads threads copies. It has one chunk of a panel and every kStep-th row; where it puts them
+// differs by constants.
 template <class Tile, int kThreads, class T>
 class TileCopy {
   static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;
   static_assert(Tile::kRows % kStep == 0 && kStep % 8 == 0);
 
  public:
-  // Rows from `rows` and columns from `columns` on are zero.
-  __device__ __forceinline__ TileCopy(uint32_t tile, const T* data, int64_t stride, int rows,
-                                      int columns, int thread)
-      : stride_(stride), rows_(rows), columns_(columns) {
-    row_ = thread / Tile::kChunks;
+  // Rows from `rows` and columns from `columns` on are zero; the first tile begins with row `row`.
+  __device__ __forceinline__ TileCopy(uint32_t tile, const T* data, int64_t stride, int row,
+                                      int rows, int columns, int thread)
+      : step_(kStep * stride), row_(row), rows_(rows), columns_(columns) {
+    thread_row_ = thread / Tile::kChunks;
     chunk_ = thread % Tile::kChunks;
-    to_ = tile + Tile::at(row_, chunk_);
-    at_ = data + row_ * stride + 8 * chunk_;
+    to_ = tile + Tile::at(thread_row_, chunk_);
+    at_ = data + (row + thread_row_) * stride + 8 * chunk_;
     aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
     whole_rows_ = aligned_ && columns == Tile::kColumns ? rows : 0;
   }
 
-  // The tile's rows are those from `row` on.
-  __device__ __forceinline__ void operator()(int row) const {
-    const T* at = at_ + row * stride_;
-    if (row + Tile::kRows > whole_rows_) return copy_tail(at, row);
+  // The next tile.
+  __device__ __forceinline__ void next() {
+    row_ += Tile::kRows;
+    if (row_ > whole_rows_) return copy_tail();
 #pragma unroll
     for (int r = 0; r < Tile::kRows; r += kStep) {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        copy_async(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes, at + panel * Tile::kPanel,
-                   16);
+        copy_async(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
+                   at_ + panel * Tile::kPanel, 16);
       }
-      at += kStep * stride_;
+      at_ += step_;
     }
   }
 
  private:
-  __device__ __forceinline__ void copy_tail(const T* at, int row) const {
+  __device__ __forceinline__ void copy_tail() {
     for (int r = 0; r < Tile::kRows; r += kStep) {
+      const bool inside = row_ - Tile::kRows + thread_row_ + r < rows_;
       for (int panel = 0; panel < kPanels; ++panel) {
-        const int column = panel * Tile::kPanel + 8 * chunk_;
-        const bool inside = row + row_ + r < rows_;
+        const int left = columns_ - panel * Tile::kPanel - 8 * chunk_;
         copy_chunk(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   at + r * stride_ + panel * Tile::kPanel,
-                   inside ? min(max(columns_ - column, 0), 8) : 0);
+                   at_ + panel * Tile::kPanel, inside ? min(max(left, 0), 8) : 0);
       }
+      at_ += step_;
     }
   }
 
@@ -110,9 +110,9 @@ class TileCopy {
   }
 
   const T* at_;
-  int64_t stride_;
+  int64_t step_;
   uint32_t to_;
-  int rows_, columns_, whole_rows_, row_, chunk_;
+  int row_, rows_, columns_, whole_rows_, thread_row_, chunk_;
   bool aligned_;
 };
 

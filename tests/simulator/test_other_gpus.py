@@ -11,10 +11,10 @@ from tests.backends import BACKENDS, SIMULATED
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS["adam"] or not SIMULATED, reason="needs the simulator")
+@pytest.mark.parametrize("file, which", [("test_adam.py", "cuda or triton"), ("test_attention_cuda.py", "")])
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
-def test_adam(arch):
-    command = [sys.executable, "-m", "pytest", "tests/test_adam.py", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", "cuda or triton"]
+def test_ops(arch, file, which):
+    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-q", "-p", "no:cacheprovider", "-k", which]
     environment = {**os.environ, "FASTLAYERS_SIMULATOR": arch}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
