@@ -75,4 +75,3 @@ def test_a_broken_copy_is_found_out(name):
             assert error.kind in (kinds or {"uninitialised", "async", "out_of_bounds"}), error
             return
     assert kinds is None and not torch.equal(found, right)
-
