@@ -134,11 +134,6 @@ void run(Warp& w, const Instr& i, uint32_t mask) {
   }
 }
 
-std::vector<ptx::Operand> elements(const ptx::Operand& operand) {
-  if (operand.form == ptx::Operand::kVector) return operand.parts;
-  return {operand};
-}
-
 void decode(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   check_memory_modifiers(i, {"add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas",
                              "noftz", "v2", "v4", "v8"});

@@ -209,49 +209,48 @@ Class class_of(const std::string& type) {
                                             : Class::kInteger;
 }
 
+// The operands, and the predicate that the comparison is joined with.
+void finish(const ptx::Instruction& i, Assembler& a, Instr* instr, Plan plan,
+            std::vector<Ref> refs) {
+  if (plan.combine) {
+    ptx::Operand c = i.operands.at(3);
+    plan.negated = c.negated;
+    c.negated = false;
+    refs.push_back(a.read(c, 1));
+  }
+  instr->extra = a.own(std::make_shared<Plan>(plan));
+  a.set_ops(instr, refs);
+}
+
 void decode_setp(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   check_compare(i);
   const std::string type = i.types().at(0);
-  Plan plan = plan_of(i, type);
+  const Plan plan = plan_of(i, type);
   const int bits = 8 * ptx::bytes_of(type);
   const bool pair = i.operands[0].form == ptx::Operand::kPair;
   const char* real = type[0] == 'f' || type == "bf16" ? type.c_str() : "";
   std::vector<Ref> refs = {a.write(pair ? i.operands[0].parts[0] : i.operands[0], 1),
                            a.write(pair ? i.operands[0].parts[1] : sink(), 1),
                            a.read(i.operands[1], bits, real), a.read(i.operands[2], bits, real)};
-  if (plan.combine) {
-    ptx::Operand c = i.operands.at(3);
-    plan.negated = c.negated;
-    c.negated = false;
-    refs.push_back(a.read(c, 1));
-  }
-  instr->extra = a.own(std::make_shared<Plan>(plan));
+  finish(i, a, instr, plan, refs);
   instr->exec = setp;
   instr->klass = class_of(type);
-  a.set_ops(instr, refs);
 }
 
 void decode_set(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   check_compare(i);
   const std::vector<std::string> types = i.types();
   const std::string type = types.at(1);
-  Plan plan = plan_of(i, type);
+  const Plan plan = plan_of(i, type);
   const int bits = 8 * ptx::bytes_of(type);
   if (types[0] != "f32" && types[0] != "u32" && types[0] != "s32") unknown(i);
   instr->aux = types[0] == "f32" ? bits_of_f32(1.0f) : 0xffffffffu;
   const char* real = type[0] == 'f' || type == "bf16" ? type.c_str() : "";
   std::vector<Ref> refs = {a.write(i.operands[0], 32), a.read(i.operands[1], bits, real),
                            a.read(i.operands[2], bits, real)};
-  if (plan.combine) {
-    ptx::Operand c = i.operands.at(3);
-    plan.negated = c.negated;
-    c.negated = false;
-    refs.push_back(a.read(c, 1));
-  }
-  instr->extra = a.own(std::make_shared<Plan>(plan));
+  finish(i, a, instr, plan, refs);
   instr->exec = set;
   instr->klass = class_of(type);
-  a.set_ops(instr, refs);
 }
 
 // ops: d, a, b, p.

@@ -105,11 +105,6 @@ Move decode_move(const ptx::Instruction& i, size_t count) {
   return move;
 }
 
-std::vector<ptx::Operand> elements(const ptx::Operand& operand) {
-  if (operand.form == ptx::Operand::kVector) return operand.parts;
-  return {operand};
-}
-
 int register_bits(const ptx::Operand& operand, const Move& move, Assembler& a) {
   const int bits = a.bits_of(operand);
   if (bits >= 16) return bits;

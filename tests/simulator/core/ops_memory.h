@@ -9,6 +9,12 @@ namespace sim {
 
 void add_atomics(Decoders*);
 
+// The registers of a vector, or the one that is no vector.
+inline std::vector<ptx::Operand> elements(const ptx::Operand& operand) {
+  if (operand.form == ptx::Operand::kVector) return operand.parts;
+  return {operand};
+}
+
 // What an atomic makes of the old value and its operands, as bits.
 using Update = uint64_t (*)(uint64_t old, uint64_t b, uint64_t c);
 Update update_of(const ptx::Instruction& i, const std::string& type, bool in_shared);

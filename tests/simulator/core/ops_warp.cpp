@@ -2,15 +2,10 @@
 #include <algorithm>
 
 #include "block.h"
-#include "program.h"
-#include "warp.h"
+#include "ops_arithmetic.h"
 
 namespace sim {
 namespace {
-
-[[noreturn]] void unknown(const ptx::Instruction& i) {
-  fault(Kind::kUnsupported, -1, i.text(), " is not known");
-}
 
 template <class T>
 void move(Warp& w, const Instr& i, uint32_t mask) {
