@@ -21,6 +21,7 @@ _forced = os.environ.get("FASTLAYERS_BACKEND") or None  # every call is served b
 # Where the tensors of the backends cuda and triton lie, and the operators of cuda: tests/simulator puts a simulated
 # GPU there, whose tensors are on the CPU.
 cuda_device, cuda_operators = "cuda", torch.ops.fastlayers
+cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
 def operators(backend):

@@ -431,7 +431,12 @@ def _cuda_reason(facts):
         return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
     if facts["needs_gradient"]:
         return "the CUDA kernels have no backward yet"
-    return _head_dim_reason(facts) or backends.cuda_reason(facts)
+    reason = _head_dim_reason(facts) or backends.cuda_reason(facts)
+    if reason is None and facts["dtype"] == torch.bfloat16:
+        capability = backends.cuda_capability()
+        if capability < (8, 0):
+            return "bfloat16 needs compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return reason
 
 
 for _op, _op_facts in (

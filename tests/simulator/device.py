@@ -147,8 +147,10 @@ def install(arch="sm_80"):
         raise RuntimeError(f"the simulator's runtime does not know {arch}")
     triton_driver.activate(int(arch[3:]))
     backends.cuda_device, backends.cuda_operators = "cpu", torch.ops.fastlayers_simulator
+    backends.cuda_capability = lambda: divmod(int(arch[3:]), 10)
 
 
 def uninstall():
     triton_driver.deactivate()
     backends.cuda_device, backends.cuda_operators = "cuda", torch.ops.fastlayers
+    backends.cuda_capability = torch.cuda.get_device_capability
