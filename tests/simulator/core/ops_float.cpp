@@ -1,4 +1,6 @@
 // Arithmetic of f32 and f64.
+#include <cfenv>
+
 #include "ops_arithmetic.h"
 
 namespace sim {
@@ -47,6 +49,15 @@ struct Div {
   }
   static bool keeps_plus_zero(float, float, float) { return true; }
   static double of(double a, double b, double) { return a / b; }
+};
+
+// a times the reciprocal of b, which is no normal number where b is very large. PTX ISA,
+// div.approx.
+struct DivApprox {
+  static float of(float a, float b, float) {
+    const bool beyond = std::fabs(b) > 0x1p126f && std::isfinite(b);
+    return beyond ? a * std::copysign(0.0f, b) : a / b;
+  }
 };
 
 // 2^x. |error| < 2^-30: a polynomial of degree 7 (Taylor) on [-1/2, 1/2], in double.
@@ -171,6 +182,36 @@ void f64(Warp& w, const Instr& i, uint32_t mask) {
   });
 }
 
+// The operands are read and the result is written after and before a change of the mode: volatile.
+template <class Op>
+void f64_directed(Warp& w, const Instr& i, uint32_t mask) {
+  const auto mode = static_cast<Round>(i.aux >> 8);
+  std::fesetround(mode == Round::kZero   ? FE_TOWARDZERO
+                  : mode == Round::kDown ? FE_DOWNWARD
+                                         : FE_UPWARD);
+  each_lane<uint64_t, uint64_t>(w, i, mask, i.op_count - 1, [](uint64_t a, uint64_t b, uint64_t c) {
+    const volatile double x = std::bit_cast<double>(a), y = std::bit_cast<double>(b),
+                          z = std::bit_cast<double>(c);
+    const volatile double r = Op::of(x, y, z);
+    const double value = r;
+    return std::bit_cast<uint64_t>(value);
+  });
+  std::fesetround(FE_TONEAREST);
+}
+
+// The upper 32 bits of the result, the lower ones 0. PTX ISA, rcp.approx.ftz.f64.
+template <class Op>
+void f64_upper(Warp& w, const Instr& i, uint32_t mask) {
+  const auto flushed = [](double x) {
+    return std::fabs(x) < std::numeric_limits<double>::min() ? std::copysign(0.0, x) : x;
+  };
+  each_lane<uint64_t, uint64_t>(w, i, mask, 1, [&](uint64_t a, uint64_t, uint64_t) {
+    const double r = flushed(Op::of(flushed(std::bit_cast<double>(a)), 0.0, 0.0));
+    const uint64_t upper = std::bit_cast<uint64_t>(r) >> 32 << 32;
+    return r != r ? uint64_t{0x7fffffff} << 32 : upper;
+  });
+}
+
 template <class Op, class T>
 void sign_bits(Warp& w, const Instr& i, uint32_t mask) {
   const bool ftz = i.aux & kFtz;
@@ -193,10 +234,10 @@ void decode_arithmetic(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   const Round mode = rounding(i);
   instr->klass = wide ? Class::kFp64 : Class::kFp32;
   instr->aux = flags_of(i) | static_cast<uint64_t>(mode) << 8;
-  if (wide && mode != Round::kNearest) unknown(i);
-  instr->exec = wide                      ? f64<Op>
-                : mode == Round::kNearest ? f32_with<Op>(instr->aux)
-                                          : f32_directed<Op>;
+  const bool nearest = mode == Round::kNearest;
+  if (wide && (instr->aux & (kFtz | kSat))) unknown(i);
+  instr->exec = wide ? (nearest ? f64<Op> : f64_directed<Op>)
+                     : (nearest ? f32_with<Op>(instr->aux) : f32_directed<Op>);
   a.set_ops(instr, lane_refs(i, a, wide ? 64 : 32, wide ? "f64" : "f32"));
 }
 
@@ -206,22 +247,26 @@ void decode_special(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   check_modifiers(i, {"approx", "full", "rn", "rz", "rm", "rp", "ftz", "f32", "f64"});
   const bool wide = i.has("f64");
   const Round mode = rounding(i);
-  if (mode != Round::kNearest) {
-    instr->exec = nullptr;
-    if constexpr (requires { Op::exact(1.0, 1.0, 1.0); }) instr->exec = f32_directed<Op>;
-    if (wide || instr->exec == nullptr) unknown(i);
-    instr->klass = Class::kSpecial;
-    instr->aux = flags_of(i) | static_cast<uint64_t>(mode) << 8;
-    return a.set_ops(instr, lane_refs(i, a, 32, "f32"));
-  }
   instr->klass = wide ? Class::kFp64 : Class::kSpecial;
-  if (wide) {
-    if constexpr (kHasF64) instr->exec = f64<Op>;
-    if (!kHasF64) unknown(i);
-  } else {
-    instr->exec = f32_with<Op>(flags_of(i));
+  instr->aux = flags_of(i) | static_cast<uint64_t>(mode) << 8;
+  instr->exec = nullptr;
+  if (mode != Round::kNearest) {
+    if constexpr (requires { Op::exact(1.0, 1.0, 1.0); }) {
+      instr->exec = wide ? f64_directed<Op> : f32_directed<Op>;
+    }
+  } else if (!wide) {
+    instr->exec = f32_with<Op>(instr->aux);
+  } else if constexpr (kHasF64) {
+    instr->exec = i.has("ftz") ? f64_upper<Op> : f64<Op>;
   }
+  const bool upper = i.opcode == "rcp" || i.opcode == "rsqrt";
+  if (instr->exec == nullptr || (wide && i.has("ftz") && !upper)) unknown(i);
   a.set_ops(instr, lane_refs(i, a, wide ? 64 : 32, wide ? "f64" : "f32"));
+}
+
+void decode_div(const ptx::Instruction& i, Assembler& a, Instr* instr) {
+  if (i.has("approx")) return decode_special<DivApprox, false>(i, a, instr);
+  decode_special<Div, true>(i, a, instr);
 }
 
 template <class Op>
@@ -280,8 +325,9 @@ void testp(Warp& w, const Instr& i, uint32_t mask) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const T x = std::bit_cast<T>(a[lane]);
     const int kind = std::fpclassify(x);
-    const bool is[] = {std::isfinite(x), std::isinf(x),     !std::isnan(x),
-                       std::isnan(x),    kind == FP_NORMAL, kind == FP_SUBNORMAL};
+    const bool normal = kind == FP_NORMAL || kind == FP_ZERO;  // zeros are considered normal
+    const bool is[] = {std::isfinite(x), std::isinf(x), !std::isnan(x),
+                       std::isnan(x),    normal,        kind == FP_SUBNORMAL};
     value |= uint32_t{is[i.aux]} << lane;
   }
   w.write_predicate(i.ops[0], value, mask);
@@ -311,7 +357,7 @@ void add_float(Decoders* decoders) {
   d["sub.f"] = decode_arithmetic<Sub>;
   d["mul.f"] = decode_arithmetic<Mul>;
   d["fma.f"] = d["mad.f"] = decode_arithmetic<Fma>;
-  d["div.f"] = decode_special<Div, true>;
+  d["div.f"] = decode_div;
   d["rcp.f"] = decode_special<Rcp, true>;
   d["sqrt.f"] = decode_special<Sqrt, true>;
   d["rsqrt.f"] = decode_special<Rsqrt, true>;

@@ -8,11 +8,13 @@ constexpr uint64_t kFtz = 1, kSat = 2, kRelu = 4, kNanResult = 8, kXorsign = 16,
 
 struct Half {
   static constexpr Format kFormat = kF16;
+  static constexpr double kSmallest = 0x1p-14;  // normal number
   static constexpr uint32_t kNan = 0x7fff;
   static float load(uint32_t bits) { return f16_to_f32(bits); }
 };
 struct Brain {
   static constexpr Format kFormat = kBf16;
+  static constexpr double kSmallest = 0x1p-126;
   static constexpr uint32_t kNan = 0x7fff;
   static float load(uint32_t bits) { return bf16_to_f32(bits); }
 };
@@ -20,16 +22,16 @@ struct Brain {
 template <class T>
 float load_flushed(uint32_t bits, bool ftz) {
   const float x = T::load(bits);
-  return ftz && std::fabs(x) < 0x1p-14f ? std::copysign(0.0f, x) : x;
+  return ftz && std::fabs(x) < T::kSmallest ? std::copysign(0.0f, x) : x;
 }
 
 template <class T>
 uint32_t store(double x, uint64_t flags) {
   if (x != x) return flags & (kSat) ? 0 : T::kNan;
-  if (flags & kSat) x = std::fmin(std::fmax(x, 0.0), 1.0);
+  if (flags & kSat) x = x > 0 ? std::fmin(x, 1.0) : 0.0;
   if (flags & kRelu) x = x > 0 ? x : 0.0;
   const double rounded = round_to(x, T::kFormat, Round::kNearest);
-  const bool tiny = (flags & kFtz) && std::fabs(rounded) < 0x1p-14;
+  const bool tiny = (flags & kFtz) && std::fabs(rounded) < T::kSmallest;
   return encode(tiny ? std::copysign(0.0, rounded) : rounded, T::kFormat);
 }
 
