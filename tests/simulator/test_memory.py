@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.simulator import Module
+from tests.simulator import Module, SimulatorError
 from tests.simulator.cuda import compile_cuda
 from tests.simulator.elementwise import edges
 from tests.simulator.ptx_kernels import kernel
@@ -193,3 +193,139 @@ def test_subnormal_sums_are_flushed_in_global_memory_only():
       red.shared.add.f32 [%smem], 0f00000001; ld.shared.b32 %a1, [%smem]; st.global.b32 [%base1], %a1;"""
     launch(kernel(body, shared=16), total, kept)
     assert total[0] == 0 and (kept == 32).all()
+
+
+UPDATES = {
+    "add": lambda a, b: a + b,
+    "min": min,
+    "max": max,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "exch": lambda a, b: b,
+    "inc": lambda a, b: 0 if a >= b else a + 1,
+    "dec": lambda a, b: b if a == 0 or a > b else a - 1,
+}
+FORMS = ["add.u32", "add.s32", "add.u64", "inc.u32", "dec.u32", "exch.b32", "exch.b64"]
+FORMS += [f"{f}.{t}" for f in ("min", "max") for t in ("u32", "s32", "u64", "s64")]
+FORMS += [f"{f}.{t}" for f in ("and", "or", "xor") for t in ("b32", "b64")]
+
+
+@pytest.mark.parametrize("space", ["global", "shared", ""])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_atomic_of_every_kind(form, space):
+    """Each thread on a place of its own, all pairs of special values; without a space the address is generic."""
+    name, type = form.split(".")
+    bits = int(type[1:])
+    dtype = np.dtype(f"{'i' if type[0] == 's' else 'u'}{bits // 8}")
+    special = edges(dtype, 0)[-16:]
+    a, b = (v.ravel().copy() for v in np.meshgrid(special, special))
+    place, old = a.copy(), np.zeros_like(a)
+    size = dtype.itemsize
+    body = f""".reg .b64 %at, %b, %out, %s64; .reg .b{bits} %v, %w;
+      mul.lo.u32 %r0, %tid, {size}; cvt.u64.u32 %s64, %r0;
+      ld.param.u64 %at, [p0]; add.u64 %at, %at, %s64; ld.param.u64 %b, [p1]; add.u64 %b, %b, %s64;
+      ld.param.u64 %out, [p2]; add.u64 %out, %out, %s64; ld.global.b{bits} %v, [%b]; add.u32 %r1, %smem, %r0;"""
+    if space == "shared":
+        body += f"ld.global.b{bits} %w, [%at]; st.shared.b{bits} [%r1], %w;"
+        body += f"atom.shared.{form} %w, [%r1], %v; st.global.b{bits} [%out], %w;"
+        body += f"ld.shared.b{bits} %w, [%r1]; st.global.b{bits} [%at], %w;"
+    else:
+        body += f"atom{space and '.'}{space}.{form} %w, [%at], %v; st.global.b{bits} [%out], %w;"
+    launch(kernel(body, params=3, shared=8 * len(a)), place, b, old, threads=len(a))
+    assert (old == a).all()
+    wanted = [UPDATES[name](x, y) % 2**bits for x, y in zip(a.tolist(), b.tolist())]
+    assert place.view(f"u{size}").tolist() == wanted
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_compare_and_swap(bits):
+    """Of 64 threads that would put their number in place of a 7, one does; where there is no 7, none."""
+    places, old = np.array([7, 8, 9, 9], f"u{bits // 8}"), np.zeros(64, f"u{bits // 8}")
+    size = bits // 8
+    body = f""".reg .b64 %at, %out; .reg .b{bits} %v, %w; ld.param.u64 %at, [p0]; ld.param.u64 %out, [p1];
+      mad.wide.u32 %out, %tid, {size}, %out; add.u32 %r0, %tid, 100; cvt.u{bits}.u32 %v, %r0;
+      atom.global.cas.b{bits} %w, [%at], 7, %v; st.global.b{bits} [%out], %w;
+      atom.global.cas.b{bits} %w, [%at + {size}], 7, %v;"""
+    launch(kernel(body), places, old, threads=64)
+    assert places[0] in range(100, 164) and places[1:].tolist() == [8, 9, 9]
+    assert sorted(old.tolist()).count(7) == 1 and set(old.tolist()) == {7, int(places[0])}
+    assert old[int(places[0]) - 100] == 7
+
+
+@pytest.mark.parametrize("form, value", [("f16", 0x3C00), ("bf16", 0x3F80)])
+def test_sums_and_extremes_of_halves(form, value):
+    """Scalars of two bytes from many blocks, then the vectors of sm_90: what is beside them stays."""
+    total = np.array([0, 0xABCD], np.uint16)
+    body = f".reg .b16 %v; ld.param.u64 %x0, [p0]; mov.b16 %v, {value}; red.global.add.noftz.{form} [%x0], %v;"
+    Module(kernel(body, "sm_90a", 1)).launch("kernel", 4, 32, [total])
+    assert total.tolist() == [{"f16": 0x5800, "bf16": 0x4300}[form], 0xABCD]  # 128
+    places, old = np.array([value, 0, value | 0x8000, 0x7FFF], np.uint16), np.zeros(4, np.uint16)
+    parts = ", ".join(f"%v{i}" for i in range(4))
+    body = f""".reg .b16 %v<4>, %w; mov.b16 %w, 0; ld.param.u64 %x0, [p0]; ld.param.u64 %x1, [p1];
+      atom.global.max.noftz.v4.{form} {{{parts}}}, [%x0], {{%w, %w, %w, %w}}; st.global.v4.b16 [%x1], {{{parts}}};"""
+    before = places.copy()
+    launch(kernel(body, "sm_90a"), places, old, threads=1)
+    assert old.tolist() == before.tolist() and places.tolist() == [value, 0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_vectors_of_sums_give_what_was_there(count):
+    places, old = np.arange(4, dtype=np.float32), np.full(4, -1, np.float32)
+    parts = ", ".join(f"%d{i}" for i in range(count))
+    body = f"""ld.param.u64 %x0, [p0]; ld.param.u64 %x1, [p1]; mov.b32 %a0, 0f3FC00000;
+      atom.global.add.v{count}.f32 {{{parts}}}, [%x0], {{{", ".join(["%a0"] * count)}}};
+      st.global.v{count}.b32 [%x1], {{{parts}}};"""
+    launch(kernel(body, "sm_90a"), places, old, threads=1)
+    assert old.tolist() == [*range(count), *[-1] * (4 - count)]
+    assert places.tolist() == [i + 1.5 * (i < count) for i in range(4)]
+    with pytest.raises(SimulatorError) as caught:
+        launch(kernel(body, "sm_80"), places, old, threads=1)
+    assert caught.value.kind == "unsupported"
+
+
+def test_subnormal_sums_at_generic_addresses():
+    """It is the memory behind the address that flushes or not."""
+    total, kept = np.zeros(1, np.float32), np.zeros(32, np.uint32)
+    body = """ld.param.u64 %x0, [p0]; red.add.f32 [%x0], 0f00000001; mov.b32 %a0, 0; st.shared.b32 [%smem], %a0;
+      cvt.u64.u32 %x1, %smem; cvta.shared.u64 %x1, %x1; red.add.f32 [%x1], 0f00000001;
+      ld.shared.b32 %a1, [%smem]; st.global.b32 [%base1], %a1;"""
+    launch(kernel(body, shared=16), total, kept)
+    assert total[0] == 0 and (kept == 32).all()
+
+
+@pytest.mark.parametrize("type", ["u8", "s8", "u16", "s16", "b32", "s32"])
+@pytest.mark.parametrize("space", ["local", "generic"])
+def test_narrow_stores_leave_what_is_beside(type, space):
+    """Stored from a wider register at bytes 4.. of 8, then loaded into one of 32 bits."""
+    size = int(type[1:]) // 8
+    out = np.zeros((3, 32), np.uint32)
+    x = edges(np.uint32, 32)[-32:].copy()
+    body = """.local .align 8 .b8 mine[8]; .reg .b64 %l; mov.u64 %l, mine; ld.global.b32 %a0, [%base0];
+      mov.b32 %a1, -1; st.local.v2.b32 [%l], {%a1, %a1};"""
+    body += "cvta.local.u64 %l, %l;" if space == "generic" else ""
+    dot = ".local" if space == "local" else ""
+    body += f"st{dot}.{type} [%l + 4], %a0; ld{dot}.{type} %a2, [%l + 4]; ld{dot}.v2.b32 {{%a3, %a4}}, [%l];"
+    body += "".join(f"st.global.b32 [%base1 + {128 * i}], %a{i + 2};" for i in range(3))
+    launch(kernel(body), x, out)
+    low = x.view(np.uint8).reshape(32, 4)[:, :size].copy().view(f"{'i' if type[0] == 's' else 'u'}{size}")[:, 0]
+    mask = 2 ** (8 * size) - 1
+    assert (out[0] == low.astype(np.int64).astype(np.uint32)).all()
+    assert (out[1] == 0xFFFFFFFF).all() and (out[2] == (x & mask | ~np.uint32(mask))).all()
+
+
+def test_spaces_of_addresses():
+    """isspacep in each space; cvta there and back."""
+    out = np.zeros((8, 32), np.uint32)
+    body = """.local .align 4 .b8 mine[4]; .reg .b64 %l, %s, %g<8>; mov.u64 %l, mine; cvt.u64.u32 %s, %smem;
+      cvta.local.u64 %g0, %l; cvta.shared.u64 %g1, %s; ld.param.u64 %g2, [p0]; cvta.global.u64 %g2, %g2;
+      cvta.to.local.u64 %g3, %g0; cvta.to.shared.u64 %g4, %g1; cvta.to.global.u64 %g5, %g2;
+      setp.eq.u64 %p1, %g3, %l; setp.eq.u64 %p2, %g4, %s; setp.eq.u64 %p3, %g5, %g2;
+      selp.u32 %d6, 1, 0, %p1; @!%p2 mov.u32 %d6, 0; @!%p3 mov.u32 %d6, 0; mov.u32 %d7, 0;"""
+    for i, (space, address) in enumerate(
+        [("local", 0), ("shared", 1), ("global", 2), ("local", 1), ("shared", 2), ("global", 0)]
+    ):
+        body += f"isspacep.{space} %p4, %g{address}; selp.u32 %d{i}, 1, 0, %p4;"
+    body += "".join(f"st.global.b32 [%base0 + {128 * i}], %d{i};" for i in range(8))
+    launch(kernel(body, params=1, shared=16), out)
+    assert out[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0] and (out == out[:, :1]).all()

@@ -11,9 +11,9 @@ namespace {
 
 struct Atomic {
   Where where;
-  uint32_t bytes, count;  // of an element; elements
-  Update update;
-  bool returns, swaps;  // atom; cas has an operand more
+  uint32_t bytes, count;     // of an element; elements
+  Update update, in_shared;  // what it does to shared memory
+  bool returns, swaps;       // atom; cas has an operand more
 };
 
 template <class T>
@@ -112,8 +112,12 @@ uint64_t operand(Warp& w, Ref ref, uint32_t bytes, int lane) {
 void run(Warp& w, const Instr& i, uint32_t mask) {
   const Atomic& atomic = *static_cast<const Atomic*>(i.extra);
   uint8_t* at[kLanes];
-  resolve(w, i, w.lanes<uint64_t>(i.ops[i.op_count - 1]), atomic.where, atomic.bytes * atomic.count,
-          Use::kAtomic, mask, at);
+  const uint64_t* address = w.lanes<uint64_t>(i.ops[i.op_count - 1]);
+  resolve(w, i, address, atomic.where, atomic.bytes * atomic.count, Use::kAtomic, mask, at);
+  const auto is_shared = [&](int lane) {
+    const uint64_t generic = address[lane] + static_cast<uint64_t>(i.imm);
+    return atomic.where == Where::kShared || (generic & kWindowMask) == kSharedWindow;
+  };
   const uint32_t first = atomic.returns ? atomic.count : 0;
   for (uint32_t e = 0; e < atomic.count; ++e) {
     uint64_t old[kLanes] = {};
@@ -121,7 +125,8 @@ void run(Warp& w, const Instr& i, uint32_t mask) {
       if (!(mask >> lane & 1)) continue;
       const uint64_t b = operand(w, i.ops[first + e], atomic.bytes, lane);
       const uint64_t c = atomic.swaps ? operand(w, i.ops[first + 1], atomic.bytes, lane) : 0;
-      old[lane] = apply_update(at[lane] + e * atomic.bytes, atomic.bytes, atomic.update, b, c);
+      const Update update = is_shared(lane) ? atomic.in_shared : atomic.update;
+      old[lane] = apply_update(at[lane] + e * atomic.bytes, atomic.bytes, update, b, c);
     }
     if (!atomic.returns) continue;
     if (atomic.bytes == 8) {
@@ -144,7 +149,8 @@ void decode(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   atomic.bytes = static_cast<uint32_t>(ptx::bytes_of(types[0]));
   atomic.returns = i.opcode == "atom";
   atomic.swaps = i.has("cas");
-  atomic.update = update_of(i, types[0], atomic.where == Where::kShared);
+  atomic.update = update_of(i, types[0], false);
+  atomic.in_shared = update_of(i, types[0], true);
   const size_t at = atomic.returns ? 1 : 0;
   const std::vector<ptx::Operand> sources = elements(i.operands.at(at + 1));
   atomic.count = static_cast<uint32_t>(sources.size());
