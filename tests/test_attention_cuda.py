@@ -59,6 +59,8 @@ def test_strides(dtype):
     check_forward(ops.attention, *odd[..., 1:], "rows of 33, from the second on")
     check_forward(ops.attention, *odd[..., :32], "rows of 33")
     query, key, value = qkv(dtype)
+    shared = randn(3, 4, 65, 32, dtype=dtype, seed=4)
+    check_forward(ops.attention, query, shared[:2], shared[1:], "keys and values that overlap")
     check_forward(ops.attention, query, key[:, :1].expand(-1, 4, -1, -1), value, "broadcast")
     check_forward(
         ops.attention, *(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)), "turned"
@@ -142,6 +144,10 @@ def test_what_it_cannot_serve():
     query, key, value = qkv(torch.float16)
     with torch.enable_grad(), pytest.raises(backends.BackendError, match="no backward yet"):
         ops.attention(query.requires_grad_(), key, value, backend="cuda")
+    mask = torch.zeros(65, 65, requires_grad=True)
+    with torch.enable_grad():
+        assert "no backward yet" in backends.explain("attention", key, key, value, attn_mask=mask)["cuda"]
+    assert backends.explain("attention", key, key, value, attn_mask=mask)["cuda"] is None
 
 
 @pytest.mark.skipif(not OLD, reason="for sm_75")

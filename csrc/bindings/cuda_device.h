@@ -25,7 +25,8 @@ class CudaDevice {
   bool holds(const TensorRef& tensor) const;
   bool holds(const Tensor& tensor) const { return holds(TensorRef(tensor.get())); }
 
-  // Throws unless the tensor lies there. Kernels see only what was admitted or allocated here.
+  // Throws unless the tensor lies there. Arguments of which an operator may have made dense copies
+  // are admitted before a kernel sees them.
   void admit(const Tensor& tensor, const char* what) const;
   void admit(const std::optional<Tensor>& tensor, const char* what) const {
     if (tensor) admit(*tensor, what);

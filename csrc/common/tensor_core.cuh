@@ -17,9 +17,6 @@ namespace fl {
 struct FragmentA {
   uint32_t r[4];
 };
-struct FragmentB {
-  uint32_t r[2];
-};
 struct Accumulator {
   float r[4];
 };

@@ -394,8 +394,12 @@ def _check_cu_seqlens(op, name, rows, total, max_seqlen):
             raise ValueError(f"{op}: {name} goes from {begin} to {end}; a sequence has 0 to {max_seqlen} rows")
 
 
+def _tensors(*values):
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
 def _facts_of(query, key, value, *others):
-    tensors = [tensor for tensor in (query, key, value, *others) if tensor is not None]
+    tensors = _tensors(query, key, value, *others)
     return {
         "needs_gradient": torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         "device": query.device.type,
@@ -406,11 +410,12 @@ def _facts_of(query, key, value, *others):
 
 
 def _attention_facts(query, key, value, *args, **kwargs):
-    return _facts_of(*_check_inputs("attention", query, key=key, value=value))
+    return _facts_of(*_check_inputs("attention", query, key=key, value=value), *_tensors(*args, *kwargs.values()))
 
 
 def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
-    return _facts_of(*_check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache))
+    inputs = _check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache)
+    return _facts_of(*inputs, *_tensors(*args, *kwargs.values()))
 
 
 def _cpu_reason(facts):

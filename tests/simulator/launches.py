@@ -73,7 +73,9 @@ def on_host(address):
 
 
 def allocate(address, size):
-    """The call may touch this, too."""
+    """The call may touch this, too; what was there before and is not part of it any more is gone."""
+    if any(begin <= address and address + size <= begin + length for begin, length, _ in call.memory):
+        return
     others = [extent for extent in call.memory if extent[0] + extent[1] <= address or extent[0] >= address + size]
     call.memory = [*others, (address, size, True)]
 

@@ -17,7 +17,7 @@ bool CudaDevice::holds(const TensorRef& tensor) const {
          !sim::simulator().on_host(tensor.data());
 }
 
-// An operator may admit copies that it made: dense ones, whose memory nobody has told of yet.
+// A dense tensor may be a copy that the operator made, whose memory nobody has told of yet.
 void CudaDevice::admit(const Tensor& tensor, const char* what) const {
   FL_CHECK(holds(tensor), what, " has to be on the simulated GPU");
   size_t bytes = tensor.numel() * tensor.element_size();
