@@ -6,6 +6,7 @@ import math
 import torch
 
 from fastlayers import _native, backends, reference
+from fastlayers.ops._autograd import register_autograd
 from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
 
 MAX_HEAD_DIM = 256  # of the compiled kernels
@@ -484,12 +485,12 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _backward(operators, ctx, grad_out, grad_lse):
     out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     mask_gradient, sinks_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    dquery, dkey, dvalue, dmask, dsinks = torch.ops.fastlayers.attention_backward(
+    dquery, dkey, dvalue, dmask, dsinks = operators.attention_backward(
         *(grad_out, grad_lse, out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others),
         *(*ctx.options, mask_gradient, sinks_gradient),
     )
@@ -497,12 +498,12 @@ def _backward(ctx, grad_out, grad_lse):
     return dquery, dkey, dvalue, dmask, None, dsinks if sinks_gradient else None, *(None,) * 14
 
 
-def _double_backward(ctx, *grads):
+def _double_backward(operators, ctx, *grads):
     raise RuntimeError("attention is differentiable once: the gradient of its gradient is not implemented")
 
 
 if _native.error is None:
     torch.library.register_fake("fastlayers::attention_forward", _forward_fake)
-    torch.library.register_autograd("fastlayers::attention_forward", _backward, setup_context=_setup_context)
+    register_autograd("attention_forward", _backward, _setup_context)
     torch.library.register_fake("fastlayers::attention_backward", _backward_fake)
-    torch.library.register_autograd("fastlayers::attention_backward", _double_backward)
+    register_autograd("attention_backward", _double_backward)

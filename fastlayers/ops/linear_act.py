@@ -3,6 +3,7 @@
 import torch
 
 from fastlayers import _native, backends, reference
+from fastlayers.ops._autograd import register_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,10 +46,10 @@ def _linear_act_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_act_backward(ctx, grad, _):
+def _linear_act_backward(operators, ctx, grad, _):
     if grad is None:
         return (None,) * 5
-    found = torch.ops.fastlayers.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    found = operators.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
     return (*_wanted(found, ctx.needs), None, None)
 
 
@@ -116,10 +117,10 @@ def _gated_linear_act_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gated_linear_act_backward(ctx, grad, *_):
+def _gated_linear_act_backward(operators, ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    found = torch.ops.fastlayers.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    found = operators.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
     return (*_wanted(found, ctx.needs), None, None)
 
 
@@ -147,7 +148,7 @@ def _needs_gradient(*tensors):
 
 
 def _refuse_double_backward(op):
-    def refuse(ctx, *grads):
+    def refuse(operators, ctx, *grads):
         raise RuntimeError(f"{op}: double backward is not supported; it is differentiable once")
 
     return refuse
@@ -166,8 +167,8 @@ if not _native.error:
     ):
         torch.library.register_fake(f"fastlayers::{_op}_forward", _forward_fake)
         torch.library.register_fake(f"fastlayers::{_op}_backward", _backward_fake)
-        torch.library.register_autograd(f"fastlayers::{_op}_forward", _backward, setup_context=_setup)
-        torch.library.register_autograd(f"fastlayers::{_op}_backward", _refuse_double_backward(_op))
+        register_autograd(f"{_op}_forward", _backward, _setup)
+        register_autograd(f"{_op}_backward", _refuse_double_backward(_op))
 
 
 def _autocast(input, *others):
