@@ -71,7 +71,9 @@ def test_a_step_moves_each_byte_once_in_whole_sectors(case):
     assert sum(line["bytes"] for line in vectors) == n * (4 * fours + 2 * twos)
     assert sum(line["sectors"] for line in vectors) == n * (4 * fours + 2 * twos) // 32
     # A thread's 8 elements are one access of 16-bit numbers, or two where others are float32.
-    assert {line["bytes"] / line["accesses"] for line in vectors} == ({32 * 16, 32 * 8} if fours and twos else {32 * 16})
+    assert {line["bytes"] / line["accesses"] for line in vectors} == (
+        {32 * 16, 32 * 8} if fours and twos else {32 * 16}
+    )
     assert not memory_lines(counts, "local") and not memory_lines(counts, "shared")
 
 
