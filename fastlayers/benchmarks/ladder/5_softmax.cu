@@ -10,7 +10,7 @@
 // Prediction. Per score one max, one multiply-add, one ex2, one sum and half a conversion:
 // 4.5 * 128 = 576. With 256 products and 64 ldmatrix about 900, and what step 4 spends besides on
 // addresses, copies and once per block, some 600: 1,500. Memory as in step 4.
-// Result. 1,565 instructions, 352 wavefronts, 320 sectors. Under a causal mask 1,123 per 64 x 64
+// Result. 1,562 instructions, 352 wavefronts, 320 sectors. Under a causal mask 1,042 per 64 x 64
 // tile of the whole square, where step 4 takes 1,688.
 #include <cuda_bf16.h>
 
@@ -194,27 +194,30 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     wait_for_copies();  // k is here; v has been used by all
     copy_tile<kKeys>(tile_v, v + j0 * kDim, seqlen - j0);
     float scores[2][8][4];
-    float zero[4] = {};
+    const bool visible = j0 < some_end;
+    if (visible) {
+      float zero[4] = {};
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+      for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {  // 16 keys: two operands of 8
-        uint32_t b[4];
-        load(b, further(lane_k, 8 * n, 2 * step));
+        for (int n = 0; n < 8; n += 2) {  // 16 keys: two operands of 8
+          uint32_t b[4];
+          load(b, further(lane_k, 8 * n, 2 * step));
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          multiply(scores[m][n], rows_q[step][m], b[0], b[1], step ? scores[m][n] : zero);
-          multiply(scores[m][n + 1], rows_q[step][m], b[2], b[3], step ? scores[m][n + 1] : zero);
+          for (int m = 0; m < 2; ++m) {
+            multiply(scores[m][n], rows_q[step][m], b[0], b[1], step ? scores[m][n] : zero);
+            multiply(scores[m][n + 1], rows_q[step][m], b[2], b[3], step ? scores[m][n + 1] : zero);
+          }
         }
       }
-    }
 
-    if (j0 + kKeys > all_end) mask(scores, first + own, j0, seqlen, is_causal);
-    exponentiate(scores, shift, sum, output);
+      if (j0 + kKeys > all_end) mask(scores, first + own, j0, seqlen, is_causal);
+      exponentiate(scores, shift, sum, output);
+    }
 
     wait_for_copies();  // v is here; k has been used by all
     if (j0 + kKeys < end) copy_tile<kKeys>(tile_k, k + (j0 + kKeys) * kDim, seqlen - j0 - kKeys);
-    if (j0 >= some_end) continue;
+    if (!visible) continue;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {  // 16 keys
       uint32_t p[2][4];
