@@ -11,8 +11,8 @@ namespace {
 // softcap, ALiBi, masks, dropout and scales that turn the order of scores around need the general
 // kernel, and so do head dims of which there is no other.
 bool is_general(const AttentionForward& f) {
-  return f.softcap > 0 || f.alibi_slopes || f.mask.kind != MaskKind::kNone ||
-         f.dropout.enabled() || !(f.softmax_scale > 0) || std::max(f.head_dim, f.head_dim_v) > 128;
+  return f.softcap > 0 || f.alibi_slopes || f.mask.kind != MaskKind::kNone || f.dropout.enabled() ||
+         !(f.softmax_scale > 0) || std::max(f.head_dim, f.head_dim_v) > 128;
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

@@ -26,7 +26,7 @@ class BackwardWarp {
     k_ = S::TileKv::step_of(S::TileKv::lane_transposed(0, lane), (column + wd * S::kColumnsQ) / 16,
                             0);
     ds_ = S::TileDs::step_of(S::TileDs::lane_b(0, lane), wm * (S::kStepM / 16), 0);
-    ds_rows_ = shared.ds + warp * S::kWarpKeys * S::TileDs::kRowBytes;
+    ds_rows_ = lane_pair<typename S::TileDs>(lane) + warp * S::kWarpKeys * S::TileDs::kRowBytes;
     clear(dk);
     clear(dv);
   }
@@ -40,31 +40,16 @@ class BackwardWarp {
     add_product(dk, tile.dp, shared_.q, first, columns);
   }
 
-  // dq += ds k, of the warp's kStepM queries and kColumnsQ columns, to global memory. visible(w):
+  // dq += ds k, of the warp's kStepM queries and kColumnsQ columns, to global memory. stored(w):
   // whether the keys of warp w have stored ds of these queries.
   template <class F>
-  __device__ __forceinline__ void add_dq(float* to, int row_stride, int columns, F visible) const {
+  __device__ __forceinline__ void add_dq(float* to, int row_stride, int columns, F stored) const {
     Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
     clear(dq);
-#pragma unroll
-    for (int step = 0; step < S::kBlockN / 16; ++step) {
-      if (!visible(step / S::kTilesM)) continue;
-      FragmentA a[S::kStepM / 16];
-#pragma unroll
-      for (int m = 0; m < S::kStepM / 16; ++m) {
-        ldmatrix_transposed(a[m].r, S::TileDs::step_of(ds_, m, 16 * step) + shared_.ds);
-      }
-#pragma unroll
-      for (int d = 0; d < S::kColumnsQ / 8; d += 2) {
-        if (S::kGeneral && 8 * d >= columns) break;
-        uint32_t b[4];
-        ldmatrix_transposed(b, S::TileKv::step_of(k_, d / 2, 16 * step) + shared_.k);
-#pragma unroll
-        for (int m = 0; m < S::kStepM / 16; ++m) {
-          mma<T>(dq[m][d], a[m], b[0], b[1], dq[m][d]);
-          mma<T>(dq[m][d + 1], a[m], b[2], b[3], dq[m][d + 1]);
-        }
-      }
+    if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
+      multiply_ds(dq, columns, [](int) { return true; });
+    } else {
+      multiply_ds(dq, columns, stored);
     }
 #pragma unroll
     for (int m = 0; m < S::kStepM / 16; ++m) {
@@ -73,7 +58,7 @@ class BackwardWarp {
         if (S::kGeneral && 8 * d >= columns) break;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          atomicAdd(to + m * row_stride + d * 128 + e * 32 + lane_, dq[m][d].r[e]);
+          atomicAdd(to + m * row_stride + d * 128 + e * 32, dq[m][d].r[e]);
         }
       }
     }
@@ -82,6 +67,7 @@ class BackwardWarp {
   // x times factor to the warp's rows of a tile of T.
   __device__ __forceinline__ void stage(const Accumulator (&x)[S::kTilesM][S::kTilesD],
                                         uint32_t tile, float factor) const {
+    const uint32_t place = lane_pair<typename S::TileKv>(lane_);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -89,8 +75,9 @@ class BackwardWarp {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const uint32_t pair = pack<T>(x[m][d].r[2 * r] * factor, x[m][d].r[2 * r + 1] * factor);
-          const uint32_t row = tile + S::TileKv::at(16 * m + 8 * r + lane_ / 4, d);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + lane_ % 4 * 4), "r"(pair));
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                           pair_of<typename S::TileKv>(place, d, 16 * m + 8 * r) + tile),
+                       "r"(pair));
         }
       }
     }
@@ -113,15 +100,43 @@ class BackwardWarp {
 
   __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
                                            int first) const {
+    const uint32_t lane_row = afresh(ds_rows_);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int n = 0; n < S::kTilesN; ++n) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const uint32_t row = S::TileDs::at(16 * m + 8 * r + lane_ / 4, first / 8 + n);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(ds_rows_ + row + lane_ % 4 * 4),
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(
+                           pair_of<typename S::TileDs>(lane_row, first / 8 + n, 16 * m + 8 * r) +
+                           shared_.ds),
                        "r"(pack<T>(ds[m][n].r[2 * r], ds[m][n].r[2 * r + 1])));
+        }
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void multiply_ds(Accumulator (&dq)[S::kStepM / 16][S::kColumnsQ / 8],
+                                              int columns, F stored) const {
+    const uint32_t ds_lane = afresh(ds_), k_lane = afresh(k_);
+#pragma unroll
+    for (int step = 0; step < S::kBlockN / 16; ++step) {
+      if (!stored(step / S::kTilesM)) continue;
+      FragmentA a[S::kStepM / 16];
+#pragma unroll
+      for (int m = 0; m < S::kStepM / 16; ++m) {
+        ldmatrix_transposed(a[m].r, S::TileDs::step_of(ds_lane, m, 16 * step) + shared_.ds);
+      }
+#pragma unroll
+      for (int d = 0; d < S::kColumnsQ / 8; d += 2) {
+        if (S::kGeneral && 8 * d >= columns) break;
+        uint32_t b[4];
+        ldmatrix_transposed(b, S::TileKv::step_of(k_lane, d / 2, 16 * step) + shared_.k);
+#pragma unroll
+        for (int m = 0; m < S::kStepM / 16; ++m) {
+          mma<T>(dq[m][d], a[m], b[0], b[1], dq[m][d]);
+          mma<T>(dq[m][d + 1], a[m], b[2], b[3], dq[m][d + 1]);
         }
       }
     }
@@ -131,6 +146,7 @@ class BackwardWarp {
   __device__ __forceinline__ void add_product(Accumulator (&x)[S::kTilesM][S::kTilesD],
                                               const Accumulator (&a)[S::kTilesM][S::kTilesN],
                                               uint32_t b_tile, int first, int columns) {
+    const uint32_t b_lane = afresh(q_);
 #pragma unroll
     for (int step = 0; step < S::kStepM / 16; ++step) {
       FragmentA operand[S::kTilesM];
@@ -142,7 +158,7 @@ class BackwardWarp {
       for (int d = 0; d < S::kTilesD; d += 2) {
         if (S::kGeneral && 8 * d >= columns) break;
         uint32_t b[4];
-        ldmatrix_transposed(b, S::TileQ::step_of(q_, d / 2, first + 16 * step) + b_tile);
+        ldmatrix_transposed(b, S::TileQ::step_of(b_lane, d / 2, first + 16 * step) + b_tile);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
           mma<T>(x[m][d], operand[m], b[0], b[1], x[m][d]);

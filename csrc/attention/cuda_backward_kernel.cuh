@@ -6,38 +6,82 @@
 
 namespace fl {
 
-// q, dout and row data of one query head after the other, on their way into the same tiles.
+// q, dout and row data of one query head after the other, on their way into the same tiles: what
+// one thread copies.
 template <class S>
 class QueryStream {
   using T = typename S::T;
+  using Tile = typename S::TileQ;
+  static constexpr int kStep = S::kThreads / Tile::kChunks;  // rows between those of a thread
 
  public:
   __device__ __forceinline__ QueryStream(const AttentionBackward& p, const BackwardScratch& scratch,
                                          const BackwardShared<S>& shared, const Sequence& sequence,
                                          int b)
-      : p_(p), scratch_(scratch), shared_(shared), sequence_(sequence), b_(b) {}
+      : p_(p), scratch_(scratch), shared_(shared), sequence_(sequence), b_(b) {
+    const TensorView4 &q = p.forward.q, &dout = p.dout;
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(q.data) | reinterpret_cast<uintptr_t>(dout.data) |
+         bytes(q.stride_b) | bytes(q.stride_h) | bytes(q.stride_s) | bytes(dout.stride_b) |
+         bytes(dout.stride_h) | bytes(dout.stride_s)) %
+            16 ==
+        0;
+    const bool full = p.forward.head_dim == S::kDim && p.forward.head_dim_v == S::kDim;
+    whole_rows_ = aligned && full && !S::kGeneral ? sequence.seqlen_q : 0;
+  }
 
-  // Starts the copies of rows from m0 on of head h.
-  __device__ __forceinline__ void start(int h, int m0) {
-    copy(shared_.q, p_.forward.q, h, m0, p_.forward.head_dim);
-    copy(shared_.dout, p_.dout, h, m0, p_.forward.head_dim_v);
-    copy_row_data<S>(scratch_, shared_.rows,
-                     scratch_.first_row(p_.forward, b_, h, sequence_) + m0);
+  // Head h is the next.
+  __device__ __forceinline__ void begin(int h) {
+    q_ = thread_row(p_.forward.q, h);
+    dout_ = thread_row(p_.dout, h);
+  }
+
+  // Starts the copies of its rows from m0 on. first_row: of the sequence and head in row data.
+  __device__ __forceinline__ void start(int h, int m0, int64_t first_row) {
+    if (m0 + S::kBlockM <= whole_rows_) {
+      copy_whole(shared_.q, q_, p_.forward.q.stride_s, m0);
+      copy_whole(shared_.dout, dout_, p_.dout.stride_s, m0);
+    } else {
+      copy_rows<Tile, S>(shared_.q, p_.forward.q, b_, h, sequence_.first_q, m0, sequence_.seqlen_q,
+                         static_cast<int>(p_.forward.head_dim));
+      copy_rows<Tile, S>(shared_.dout, p_.dout, b_, h, sequence_.first_q, m0, sequence_.seqlen_q,
+                         static_cast<int>(p_.forward.head_dim_v));
+    }
+    copy_row_data<S>(scratch_.row_data + first_row + m0, scratch_.row_array, shared_.rows);
     commit_copies();
   }
 
  private:
-  __device__ __forceinline__ void copy(uint32_t tile, const TensorView4& x, int h, int m0,
-                                       int64_t columns) const {
-    copy_rows<typename S::TileQ, S>(tile, x, b_, h, sequence_.first_q, m0, sequence_.seqlen_q,
-                                    static_cast<int>(columns));
+  static __device__ __forceinline__ int64_t bytes(int64_t elements) { return elements * sizeof(T); }
+
+  __device__ __forceinline__ const T* thread_row(const TensorView4& x, int h) const {
+    const int row = threadIdx.x / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+    return static_cast<const T*>(x.data) + b_ * x.stride_b + h * x.stride_h +
+           (sequence_.first_q + row) * x.stride_s + 8 * chunk;
+  }
+
+  __device__ __forceinline__ void copy_whole(uint32_t tile, const T* from, int64_t stride,
+                                             int m0) const {
+    const int row = threadIdx.x / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+    const uint32_t to = tile + Tile::at(row, chunk);
+    from += m0 * stride;
+#pragma unroll
+    for (int r = 0; r < S::kBlockM; r += kStep) {
+#pragma unroll
+      for (int panel = 0; panel < S::kDim / Tile::kPanel; ++panel) {
+        copy_async(to + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
+                   from + panel * Tile::kPanel, 16);
+      }
+      from += kStep * stride;
+    }
   }
 
   const AttentionBackward& p_;
   const BackwardScratch& scratch_;
   const BackwardShared<S>& shared_;
   const Sequence& sequence_;
-  int b_;
+  const T *q_, *dout_;
+  int b_, whole_rows_;
 };
 
 // The warp's rows of a staged tile, from column `column` of the tensor on, to global memory.
@@ -117,29 +161,38 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kTh
                                    sequence.seqlen_k, head_dim);
   copy_rows<typename S::TileKv, S>(shared.v, f.v, b, head_k, sequence.first_k, j0,
                                    sequence.seqlen_k, head_dim_v);
+  commit_copies();
   QueryStream<S> stream(p, scratch, shared, sequence, b);
 
   const uint32_t warp_row = warp * S::kWarpKeys * S::TileKv::kRowBytes;
   GradientTile<S> tile(shared, warp, lane);
   BackwardWarp<S> sums(shared, warp, lane, column);
   const VisibleQueries of_block(sequence, j0, j0 + S::kBlockN);
-  const VisibleQueries of_warp(sequence, warp_j0, warp_j0 + S::kWarpKeys);
   const int m_begin = of_block.some_begin / S::kBlockM * S::kBlockM, m_end = of_block.some_end;
   const int group = static_cast<int>(f.heads_q / f.heads_k);
   const int wd = warp % S::kWarpsD, first_q = warp / S::kWarpsD * S::kStepM;
   const Dropout dropout = read_dropout(f);
 
-  int h = head_k * group, m0 = m_begin, *turns = nullptr;
+  int h = head_k * group, m0 = m_begin;
+  constexpr uint32_t kNone = ~0u;
+  uint32_t turn = kNone;  // to be passed on
   const int h_end = m_begin < m_end ? h + group : h;
-  if (h < h_end) stream.start(h, m0);
+  int64_t first_row = scratch.first_row(f, b, h, sequence);
+  const int to_column = column + wd * S::kColumnsQ;
+  const int cells = (kGeneral ? scratch.columns : S::kDim) / 8;  // of 128 numbers, in 16 rows of dq
+  if (h < h_end) {
+    stream.begin(h);
+    stream.start(h, m0, first_row);
+  }
   while (h < h_end) {
     wait_for_copies<0>();
     __syncthreads();  // q, dout and row data are here; ds has been used by all
-    if (turns && thread == 0) pass_turn(turns);
+    if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
 #pragma unroll(kGeneral ? 1 : S::kWarpsM)
     for (int first = 0; first < S::kBlockM; first += S::kStepM) {
       const TilePlace at{b, h, m0 + first, warp_j0};
-      if (of_warp.none(at.i0, at.i0 + S::kStepM)) continue;
+      const VisibleKeys keys(sequence, at.i0, at.i0 + S::kStepM);
+      if (at.i0 >= sequence.seqlen_q || keys.none(warp_j0, warp_j0 + S::kWarpKeys)) continue;
       tile.multiply(first, head_dim, head_dim_v);
       if constexpr (kGeneral) {
         const ScoreRules rules(f, b, h, sequence.diagonal);
@@ -150,38 +203,40 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kTh
                              tile.dp[m][n].r[e] = probability * (dp + minus_delta) * slope;
                            });
       } else {
-        if (!of_warp.all(at.i0, at.i0 + S::kStepM)) tile.hide(sequence, at);
+        if (!keys.all(warp_j0, warp_j0 + S::kWarpKeys)) tile.hide(sequence, at);
         tile.differentiate(first, f.softmax_scale * kLog2e);
       }
       sums.add(tile, first, columns, columns_v);
     }
 
-    const int64_t row = scratch.first_row(f, b, h, sequence) + m0;
+    float* dq = scratch.dq_tile(first_row, to_column) + (m0 + first_q) / 16 * cells * 128 + lane;
     if (f.deterministic) {
-      turns = scratch.turns + row / 16 * 2 + split;
-      if (warp == 0) wait_for_turn(turns, j0 / S::kBlockN - sequence.begin(m0) / S::kBlockN);
+      turn = static_cast<uint32_t>((first_row + m0) / 16 * 2 + split);
+      if (warp == 0) {
+        wait_for_turn(scratch.turns + turn, j0 / S::kBlockN - sequence.begin(m0) / S::kBlockN);
+      }
     }
     const int i0 = m0 + first_q;
     m0 += S::kBlockM;
-    if (m0 >= m_end) {
-      m0 = m_begin;
+    const VisibleQueries of_block(sequence, afresh(j0), afresh(j0) + S::kBlockN);
+    if (m0 >= of_block.some_end) {
+      m0 = of_block.some_begin / S::kBlockM * S::kBlockM;
       ++h;
+      first_row += scratch.rows;
+      stream.begin(h);
     }
     __syncthreads();  // ds is here; q and dout have been used by all
-    if (h < h_end) stream.start(h, m0);
-    const int to_column = column + wd * S::kColumnsQ;
-    const int cells = (kGeneral ? scratch.columns : S::kDim) / 8;
+    if (h < h_end) stream.start(h, m0, first_row);
     if (i0 >= sequence.seqlen_q) continue;
     const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
-    sums.add_dq(scratch.dq_tile(row + first_q, to_column), cells * 128, head_dim - to_column,
-                [&](int w) {
-                  const int first = j0 + w * S::kWarpKeys;
-                  return !keys.none(first, first + S::kWarpKeys);
-                });
+    sums.add_dq(dq, cells * 128, head_dim - to_column, [&](int w) {
+      const int first = j0 + w * S::kWarpKeys;
+      return !keys.none(first, first + S::kWarpKeys);
+    });
   }
   wait_for_copies<0>();
   __syncthreads();  // k and v have been used by all
-  if (turns && thread == 0) pass_turn(turns);
+  if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
   sums.stage(sums.dk, shared.k + warp_row, f.softmax_scale);
   sums.stage(sums.dv, shared.v + warp_row, dropout.enabled() ? dropout.scale() : 1.0f);
   __syncwarp();

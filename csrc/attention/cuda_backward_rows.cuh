@@ -10,8 +10,7 @@ constexpr int kRowThreads = 256;
 
 // Eight numbers of a row, zero from `count` on.
 template <class T>
-__device__ __forceinline__ void load_eight(const T* from, int count, bool aligned,
-                                           float (&x)[8]) {
+__device__ __forceinline__ void load_eight(const T* from, int count, bool aligned, float (&x)[8]) {
   if (aligned && count >= 8 && sizeof(T) == 2) {
     const uint4 bits = *reinterpret_cast<const uint4*>(from);
     const T* values = reinterpret_cast<const T*>(&bits);
@@ -70,9 +69,9 @@ __global__ void __launch_bounds__(kRowThreads)
     const int i = i0 + r;
     const bool inside = i < sequence.seqlen_q;
     const int64_t row = sequence.first_q + i;
-    const float dot = dot_rows(o + (inside ? row : 0) * f.o.stride_s,
-                               dout + (inside ? row : 0) * p.dout.stride_s, inside ? columns : 0,
-                               aligned, thread % 8);
+    const float dot =
+        dot_rows(o + (inside ? row : 0) * f.o.stride_s, dout + (inside ? row : 0) * p.dout.stride_s,
+                 inside ? columns : 0, aligned, thread % 8);
     if (thread % 8 != 0) continue;
     const float lse = inside ? f.lse[statistics + i] : -INFINITY;
     const float dlse = inside && p.dlse ? p.dlse[statistics + i] : 0.0f;

@@ -29,7 +29,7 @@ struct BackwardShape {
   using T = T_;
   static constexpr int kDim = kDim_;           // head_dim and head_dim_v at most
   static constexpr bool kGeneral = kGeneral_;  // ScoreRules, dropout, dims that are not kDim
-  static constexpr int kColumns = kDim < 128 ? kDim : 128;  // of dq, dk and dv, per block
+  static constexpr int kColumns = kDim < 128 ? kDim : 128;         // of dq, dk and dv, per block
   static constexpr int kTilesM = kDim <= 64 && !kGeneral ? 2 : 1;  // of 16 keys, per warp
   static constexpr int kWarps = kDim > 128 && kOld_ ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = 16 * kTilesM, kBlockN = kWarps * kWarpKeys;
@@ -43,7 +43,7 @@ struct BackwardShape {
 
   using TileQ = SharedTile<kBlockM, kDim>;
   using TileKv = SharedTile<kBlockN, kDim>;
-  using TileDs = SharedTile<kBlockN, kBlockM < 32 ? 32 : kBlockM>;  // keys x queries
+  using TileDs = SharedTile < kBlockN, kBlockM<32 ? 32 : kBlockM>;  // keys x queries
   static constexpr int kPanel = TileQ::kPanel;
   static constexpr int kRowArrays = kGeneral ? 3 : 2;  // minus_lse, minus_delta, normalizer
 };
@@ -68,6 +68,18 @@ struct BackwardShared {
     return (dim + S::kPanel - 1) / S::kPanel;
   }
 };
+
+// Accumulators in a tile of T: the lane's place in 8 rows and 8 columns, and from there the place
+// `row` rows (a multiple of 8) and `chunk` times 8 columns further on.
+template <class Tile>
+__device__ __forceinline__ uint32_t lane_pair(int lane) {
+  return Tile::at(lane / 4, 0) + lane % 4 * 4;
+}
+template <class Tile>
+__device__ __forceinline__ uint32_t pair_of(uint32_t lane_address, int chunk, int row) {
+  return (lane_address ^ chunk % Tile::kChunks << 4) + chunk / Tile::kChunks * Tile::kPanelBytes +
+         row * Tile::kRowBytes;
+}
 
 // The queries that see some and that see all of the keys [j0, j1).
 struct VisibleQueries {
@@ -100,9 +112,8 @@ struct BackwardScratch {
 
   __device__ __forceinline__ int64_t first_row(const AttentionForward& p, int b, int64_t h,
                                                const Sequence& sequence) const {
-    const int64_t first =
-        p.cu_seqlens_q ? (sequence.first_q + b * kRowUnit) / kRowUnit * kRowUnit
-                       : b * ((p.seqlen_q + kRowUnit - 1) / kRowUnit * kRowUnit);
+    const int64_t first = p.cu_seqlens_q ? (sequence.first_q + b * kRowUnit) / kRowUnit * kRowUnit
+                                         : b * ((p.seqlen_q + kRowUnit - 1) / kRowUnit * kRowUnit);
     return h * rows + first;
   }
   // 16 rows x 8 columns of dq as a warp's accumulators hold them: element e of lane l is number

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
                                   head_dim);
   copy_rows<typename S::TileQ, S>(shared.dout, p.dout, b, h, sequence.first_q, m0,
                                   sequence.seqlen_q, head_dim_v);
-  copy_row_data<S>(scratch, shared.rows, row);
+  copy_row_data<S>(scratch.row_data + row, scratch.row_array, shared.rows);
   GradientTile<S> tile(shared, warp, lane);
   const ScoreRules rules(f, b, h, sequence.diagonal);
   const Dropout dropout = read_dropout(f);
@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
     for (int step = 0; step < kSteps; ++step) {
       const int first = step * S::kStepM;
       tile.multiply(first, head_dim, head_dim_v);
-      tile.differentiate(
-          f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
-          [&](float probability, float, float dp, float, float, int, int n, int e) {
-            sums[step][n][e % 2] += probability;
-            dots[step][n][e % 2] += probability * dp;
-          });
+      tile.differentiate(f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys},
+                         first,
+                         [&](float probability, float, float dp, float, float, int, int n, int e) {
+                           sums[step][n][e % 2] += probability;
+                           dots[step][n][e % 2] += probability * dp;
+                         });
     }
     __syncthreads();  // k and v have been used by all
   }
@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
           copy_rows<typename S::TileKv, S>(shared.k, f.k, b, h / group, 0, j0, seqlen_k, head_dim);
           copy_rows<typename S::TileKv, S>(shared.v, f.v, b, h / group, 0, j0, seqlen_k,
                                            head_dim_v);
-          copy_row_data<S>(scratch, shared.rows, scratch.first_row(f, b, h, sequence) + m0);
+          copy_row_data<S>(scratch.row_data + scratch.first_row(f, b, h, sequence) + m0,
+                           scratch.row_array, shared.rows);
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();  // the tiles are here
@@ -183,12 +184,10 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
           for (int step = 0; step < kSteps; ++step) {
             const int first = step * S::kStepM;
             tile.multiply(first, head_dim, head_dim_v);
-            tile.differentiate(f, sequence, rules, dropout,
-                               {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
-                               [&](float probability, float, float dp, float minus_delta, float,
-                                   int, int n, int e) {
-                                 sums[step][n].r[e] += probability * (dp + minus_delta);
-                               });
+            tile.differentiate(
+                f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
+                [&](float probability, float, float dp, float minus_delta, float, int, int n,
+                    int e) { sums[step][n].r[e] += probability * (dp + minus_delta); });
           }
           __syncthreads();  // the tiles have been used by all
         }

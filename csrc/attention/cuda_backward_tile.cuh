@@ -12,6 +12,14 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
+// The same number, of which the compiler does not know that: what is computed from it is computed
+// again where it is needed, instead of being kept in registers over a whole loop.
+template <class T>
+__device__ __forceinline__ T afresh(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Head h of batch b of x from row `row` of the sequence on to a shared tile; its rows begin at row
 // `first` of x. In general by panels, as many as there are columns.
 template <class Tile, class S>
@@ -34,15 +42,13 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const TensorView4& x, i
   }
 }
 
-// Row data from row `row` of the scratch memory on to shared memory.
+// Row data from row `from` on to shared memory; between the arrays lie `row_array` numbers.
 template <class S>
-__device__ __forceinline__ void copy_row_data(const BackwardScratch& scratch, uint32_t to,
-                                              int64_t row) {
+__device__ __forceinline__ void copy_row_data(const float* from, int64_t row_array, uint32_t to) {
   constexpr int kChunks = S::kBlockM / 4;  // of 16 bytes, per array
   const int thread = threadIdx.x;
   if (thread < S::kRowArrays * kChunks) {
-    const float* from = scratch.row_data + thread / kChunks * scratch.row_array + row;
-    copy_async(to + thread * 16, from + thread % kChunks * 4, 16);
+    copy_async(to + thread * 16, from + thread / kChunks * row_array + thread % kChunks * 4, 16);
   }
 }
 
@@ -167,27 +173,27 @@ class GradientTile {
   __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
                                           uint32_t b_tile, int first, int dim) {
     const int steps = S::kGeneral ? (dim + 15) / 16 : S::kDim / 16;
+    const uint32_t a_lane = afresh(a_), b_lane = afresh(b_);
     if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
 #pragma unroll(S::kGeneral ? 1 : S::kDim / 16)
     for (int step = 0; step < steps; ++step) {
       FragmentA a[S::kTilesM];
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
-        ldmatrix(a[m].r, S::TileKv::step_of(a_, step, 16 * m) + a_tile);
+        ldmatrix(a[m].r, S::TileKv::step_of(a_lane, step, 16 * m) + a_tile);
       }
 #pragma unroll
       for (int n = 0; n < S::kTilesN; n += 2) {
         uint32_t b[4];
-        ldmatrix(b, S::TileQ::step_of(b_, step, first + 8 * n) + b_tile);
+        ldmatrix(b, S::TileQ::step_of(b_lane, step, first + 8 * n) + b_tile);
         const bool begins = !S::kGeneral && step == 0;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Accumulator start =
-              begins ? start_of<kMinusDelta>(first + 8 * (n + half)) : Accumulator{};
+        for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-          for (int m = 0; m < S::kTilesM; ++m) {
+          for (int half = 0; half < 2; ++half) {
             Accumulator& to = x[m][n + half];
-            mma<T>(to, a[m], b[2 * half], b[2 * half + 1], begins ? start : to);
+            if (begins) to = start_of<kMinusDelta>(first + 8 * (n + half));
+            mma<T>(to, a[m], b[2 * half], b[2 * half + 1], to);
           }
         }
       }
@@ -198,8 +204,10 @@ class GradientTile {
   template <bool kMinusDelta>
   __device__ __forceinline__ Accumulator start_of(int column) const {
     if constexpr (!kMinusDelta) return {};
-    const float2 value = load_shared_pair(rows_ + (S::kBlockM + column) * 4);
-    return {{value.x, value.y, value.x, value.y}};
+    // Loaded twice: two registers more would be copies.
+    const float2 upper = load_shared_pair(rows_ + (S::kBlockM + column) * 4);
+    const float2 lower = load_shared_pair(rows_ + (S::kBlockM + column) * 4);
+    return {{upper.x, upper.y, lower.x, lower.y}};
   }
 
   // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.

@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
                      max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
                      scale,        window_left,  window_right, softcap,      deterministic};
   in.reads_lengths = false;
-  AttentionGradients call{std::move(in), grad_out,      grad_lse,       out,
-                          lse,           mask_gradient, sinks_gradient, {}, {}, {}, {}, {}};
+  AttentionGradients call{std::move(in),  grad_out, grad_lse, out, lse, mask_gradient,
+                          sinks_gradient, {},       {},       {},  {},  {}};
   const CudaDevice device(query.get_device_index());
   prepare_gradients(call);
   admit(device, call.in);
@@ -95,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   prepare_outputs(device, call);
   if (call.out.numel() == 0) return call.results();
   const AttentionBackward p = parameters(call);
-  const Tensor scratch =
-      device.empty({cuda_attention_backward_scratch(p)}, ScalarType::Byte);
+  const Tensor scratch = device.empty({cuda_attention_backward_scratch(p)}, ScalarType::Byte);
   cuda_attention_backward(p, scratch.mutable_data_ptr(), device.stream());
   return call.results();
 }

@@ -16,9 +16,8 @@ void check_results(const AttentionGradients& call) {
     const bool fits =
         in.packed() ? has_sizes(*tensor, {query.size(0), query.size(1), head_dim_v})
                     : has_sizes(*tensor, {query.size(0), query.size(1), query.size(2), head_dim_v});
-    FL_CHECK(
-        fits && same_device(*tensor, query) && tensor->scalar_type() == query.scalar_type(),
-        "attention: out and its gradient have to match the query");
+    FL_CHECK(fits && same_device(*tensor, query) && tensor->scalar_type() == query.scalar_type(),
+             "attention: out and its gradient have to match the query");
   }
   for (const Tensor* tensor : {&lse, call.grad_lse ? &*call.grad_lse : &lse}) {
     const bool fits = in.packed()
@@ -46,8 +45,7 @@ void prepare_gradients(AttentionGradients& call) {
   call.out = dense(call.out);
   call.lse = torch::stable::contiguous(call.lse);
   if (call.grad_lse) call.grad_lse = torch::stable::contiguous(*call.grad_lse);
-  FL_CHECK(!call.mask_gradient ||
-               (in.attn_mask && in.attn_mask->scalar_type() != ScalarType::Bool),
+  FL_CHECK(!call.mask_gradient || (in.attn_mask && in.attn_mask->scalar_type() != ScalarType::Bool),
            "attention: only an additive attn_mask has a gradient");
   FL_CHECK(!call.sinks_gradient || in.sinks, "attention: no sinks to give a gradient");
   call.dquery = allocate_like(query, query.size(query.dim() - 1));
