@@ -21,12 +21,7 @@ class BackwardWarp {
   __device__ __forceinline__ BackwardWarp(const BackwardShared<S>& shared, int warp, int lane,
                                           int column)
       : shared_(shared), lane_(lane) {
-    const int wd = warp % S::kWarpsD, wm = warp / S::kWarpsD;
     q_ = S::TileQ::step_of(S::TileQ::lane_transposed(0, lane), column / 16, 0);
-    k_ = S::TileKv::step_of(S::TileKv::lane_transposed(0, lane), (column + wd * S::kColumnsQ) / 16,
-                            0);
-    ds_ = S::TileDs::step_of(S::TileDs::lane_b(0, lane), wm * (S::kStepM / 16), 0);
-    ds_rows_ = lane_pair<typename S::TileDs>(lane) + warp * S::kWarpKeys * S::TileDs::kRowBytes;
     clear(dk);
     clear(dv);
   }
@@ -40,17 +35,33 @@ class BackwardWarp {
     add_product(dk, tile.dp, shared_.q, first, columns);
   }
 
-  // dq += ds k, of the warp's kStepM queries and kColumnsQ columns, to global memory. stored(w):
-  // whether the keys of warp w have stored ds of these queries.
-  template <class F>
-  __device__ __forceinline__ void add_dq(float* to, int row_stride, int columns, F stored) const {
+  // dq += ds k of queries from row m0 of the sequence and `row` of the scratch memory on, to global
+  // memory: kStepM queries and kColumnsQ columns each warp. j0: the block's first key.
+  __device__ __forceinline__ void add_dq(const BackwardScratch& scratch, const Sequence& sequence,
+                                         int64_t row, int m0, int j0, int column,
+                                         int head_dim) const {
+    const int thread = afresh(static_cast<int>(threadIdx.x)), warp = thread / 32;
+    const int first = warp / S::kWarpsD * S::kStepM, i0 = m0 + first;
+    if (i0 >= sequence.seqlen_q) return;
+    column += warp % S::kWarpsD * S::kColumnsQ;
+    const int columns = head_dim - column;
+    const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
+    // Whether the keys of warp w have stored ds of these queries.
+    const auto stored = [&](int w) {
+      return !keys.none(j0 + w * S::kWarpKeys, j0 + (w + 1) * S::kWarpKeys);
+    };
+    const uint32_t ds_lane = S::TileDs::step_of(S::TileDs::lane_b(0, thread % 32), first / 16, 0);
+    const uint32_t k_lane =
+        S::TileKv::step_of(S::TileKv::lane_transposed(0, thread % 32), column / 16, 0);
     Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
     clear(dq);
     if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
-      multiply_ds(dq, columns, [](int) { return true; });
+      multiply_ds(dq, ds_lane, k_lane, columns, [](int) { return true; });
     } else {
-      multiply_ds(dq, columns, stored);
+      multiply_ds(dq, ds_lane, k_lane, columns, stored);
     }
+    const int cells = (S::kGeneral ? scratch.columns : S::kDim) / 8;  // in 16 rows
+    float* to = scratch.dq + ((row + first) / 16 * cells + column / 8) * 128 + thread % 32;
 #pragma unroll
     for (int m = 0; m < S::kStepM / 16; ++m) {
 #pragma unroll
@@ -58,7 +69,7 @@ class BackwardWarp {
         if (S::kGeneral && 8 * d >= columns) break;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          atomicAdd(to + m * row_stride + d * 128 + e * 32, dq[m][d].r[e]);
+          atomicAdd(to + (m * cells + d) * 128 + e * 32, dq[m][d].r[e]);
         }
       }
     }
@@ -100,7 +111,9 @@ class BackwardWarp {
 
   __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
                                            int first) const {
-    const uint32_t lane_row = afresh(ds_rows_);
+    const int thread = afresh(static_cast<int>(threadIdx.x));
+    const uint32_t lane_row = lane_pair<typename S::TileDs>(thread % 32) +
+                              thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -118,8 +131,8 @@ class BackwardWarp {
 
   template <class F>
   __device__ __forceinline__ void multiply_ds(Accumulator (&dq)[S::kStepM / 16][S::kColumnsQ / 8],
-                                              int columns, F stored) const {
-    const uint32_t ds_lane = afresh(ds_), k_lane = afresh(k_);
+                                              uint32_t ds_lane, uint32_t k_lane, int columns,
+                                              F stored) const {
 #pragma unroll
     for (int step = 0; step < S::kBlockN / 16; ++step) {
       if (!stored(step / S::kTilesM)) continue;
@@ -169,7 +182,7 @@ class BackwardWarp {
   }
 
   const BackwardShared<S>& shared_;
-  uint32_t q_, k_, ds_, ds_rows_;  // this lane's places in the tiles, and the warp's rows of ds
+  uint32_t q_;  // this lane's place in a tile of queries
   int lane_;
 };
 

@@ -29,8 +29,8 @@ struct BackwardShape {
   using T = T_;
   static constexpr int kDim = kDim_;           // head_dim and head_dim_v at most
   static constexpr bool kGeneral = kGeneral_;  // ScoreRules, dropout, dims that are not kDim
-  static constexpr int kColumns = kDim < 128 ? kDim : 128;         // of dq, dk and dv, per block
-  static constexpr int kTilesM = kDim <= 64 && !kGeneral ? 2 : 1;  // of 16 keys, per warp
+  static constexpr int kColumns = kDim < 128 ? kDim : 128;  // of dq, dk and dv, per block
+  static constexpr int kTilesM = kDim <= 64 && !kGeneral && !kOld_ ? 2 : 1;  // of 16 keys, per warp
   static constexpr int kWarps = kDim > 128 && kOld_ ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = 16 * kTilesM, kBlockN = kWarps * kWarpKeys;
   static constexpr int kBlockM = kDim > 128 ? 16 : kOld_ ? 32 : 64;

@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
   const int head_dim = static_cast<int>(f.head_dim), head_dim_v = static_cast<int>(f.head_dim_v);
   const int head_k = h / static_cast<int>(f.heads_q / f.heads_k);
   const BackwardShared<S> shared(shared_address(memory), head_dim, head_dim_v);
-  copy_rows<typename S::TileQ, S>(shared.q, f.q, b, h, sequence.first_q, m0, sequence.seqlen_q,
-                                  head_dim);
-  copy_rows<typename S::TileQ, S>(shared.dout, p.dout, b, h, sequence.first_q, m0,
-                                  sequence.seqlen_q, head_dim_v);
+  copy_rows<typename S::TileQ, S>(shared.q, head_of<T>(f.q, b, h, sequence.first_q), f.q.stride_s,
+                                  m0, sequence.seqlen_q, head_dim);
+  copy_rows<typename S::TileQ, S>(shared.dout, head_of<T>(p.dout, b, h, sequence.first_q),
+                                  p.dout.stride_s, m0, sequence.seqlen_q, head_dim_v);
   copy_row_data<S>(scratch.row_data + row, scratch.row_array, shared.rows);
   GradientTile<S> tile(shared, warp, lane);
   const ScoreRules rules(f, b, h, sequence.diagonal);
@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
   float sums[kSteps][S::kTilesN][2] = {}, dots[kSteps][S::kTilesN][2] = {};
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(i_end - 1);
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
-    copy_rows<typename S::TileKv, S>(shared.k, f.k, b, head_k, sequence.first_k, j0,
-                                     sequence.seqlen_k, head_dim);
-    copy_rows<typename S::TileKv, S>(shared.v, f.v, b, head_k, sequence.first_k, j0,
-                                     sequence.seqlen_k, head_dim_v);
+    copy_rows<typename S::TileKv, S>(shared.k, head_of<T>(f.k, b, head_k, sequence.first_k),
+                                     f.k.stride_s, j0, sequence.seqlen_k, head_dim);
+    copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, head_k, sequence.first_k),
+                                     f.v.stride_s, j0, sequence.seqlen_k, head_dim_v);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();  // k and v are here
@@ -170,11 +170,14 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
       for (int m0 = m_begin; m0 < m_end; m0 += S::kBlockM) {
         for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
           if (VisibleQueries(sequence, j0, j0 + S::kBlockN).none(m0, m0 + S::kBlockM)) continue;
-          copy_rows<typename S::TileQ, S>(shared.q, f.q, b, h, 0, m0, seqlen_q, head_dim);
-          copy_rows<typename S::TileQ, S>(shared.dout, p.dout, b, h, 0, m0, seqlen_q, head_dim_v);
-          copy_rows<typename S::TileKv, S>(shared.k, f.k, b, h / group, 0, j0, seqlen_k, head_dim);
-          copy_rows<typename S::TileKv, S>(shared.v, f.v, b, h / group, 0, j0, seqlen_k,
-                                           head_dim_v);
+          copy_rows<typename S::TileQ, S>(shared.q, head_of<T>(f.q, b, h, 0), f.q.stride_s, m0,
+                                          seqlen_q, head_dim);
+          copy_rows<typename S::TileQ, S>(shared.dout, head_of<T>(p.dout, b, h, 0), p.dout.stride_s,
+                                          m0, seqlen_q, head_dim_v);
+          copy_rows<typename S::TileKv, S>(shared.k, head_of<T>(f.k, b, h / group, 0), f.k.stride_s,
+                                           j0, seqlen_k, head_dim);
+          copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, h / group, 0), f.v.stride_s,
+                                           j0, seqlen_k, head_dim_v);
           copy_row_data<S>(scratch.row_data + scratch.first_row(f, b, h, sequence) + m0,
                            scratch.row_array, shared.rows);
           commit_copies();

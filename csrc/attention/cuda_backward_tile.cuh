@@ -20,25 +20,28 @@ __device__ __forceinline__ T afresh(T value) {
   return value;
 }
 
-// Head h of batch b of x from row `row` of the sequence on to a shared tile; its rows begin at row
-// `first` of x. In general by panels, as many as there are columns.
+// Row 0 of a sequence in head h of batch b of x; `first` rows lie before it.
+template <class T>
+__device__ __forceinline__ T* head_of(const TensorView4& x, int64_t b, int64_t h, int64_t first) {
+  return static_cast<T*>(x.data) + b * x.stride_b + h * x.stride_h + first * x.stride_s;
+}
+
+// Rows from `row` on to a shared tile; in general by panels, as many as there are columns.
 template <class Tile, class S>
-__device__ __forceinline__ void copy_rows(uint32_t tile, const TensorView4& x, int64_t b, int64_t h,
-                                          int64_t first, int row, int rows, int columns) {
+__device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x, int64_t stride,
+                                          int row, int rows, int columns) {
   using T = typename S::T;
-  const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
-  const int thread = threadIdx.x;
-  data += first * x.stride_s;
+  const int thread = afresh(static_cast<int>(threadIdx.x));
   if constexpr (S::kGeneral) {
     using Panel = SharedTile<Tile::kRows, Tile::kPanel>;
     for (int column = 0; column < columns; column += Tile::kPanel) {
-      TileCopy<Panel, S::kThreads, T>(tile, data + column, x.stride_s, row, rows,
+      TileCopy<Panel, S::kThreads, T>(tile, x + column, stride, row, rows,
                                       min(columns - column, Tile::kPanel), thread)
           .next();
       tile += Panel::kBytes;
     }
   } else {
-    TileCopy<Tile, S::kThreads, T>(tile, data, x.stride_s, row, rows, columns, thread).next();
+    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, thread).next();
   }
 }
 
@@ -46,7 +49,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const TensorView4& x, i
 template <class S>
 __device__ __forceinline__ void copy_row_data(const float* from, int64_t row_array, uint32_t to) {
   constexpr int kChunks = S::kBlockM / 4;  // of 16 bytes, per array
-  const int thread = threadIdx.x;
+  const int thread = afresh(static_cast<int>(threadIdx.x));
   if (thread < S::kRowArrays * kChunks) {
     copy_async(to + thread * 16, from + thread / kChunks * row_array + thread % kChunks * 4, 16);
   }
@@ -75,7 +78,6 @@ class GradientTile {
       : shared_(shared),
         a_(S::TileKv::lane_a(warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
         b_(S::TileQ::lane_b(0, lane)),
-        rows_(shared.rows + lane % 4 * 8),
         lane_(lane) {}
 
   // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
@@ -86,9 +88,10 @@ class GradientTile {
 
   // s to p, dp to ds. Hidden scores are -inf.
   __device__ __forceinline__ void differentiate(int first, float scale) {
+    const uint32_t row = row_data(first);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      const float2 minus_lse = load_shared_pair(rows_ + (first + 8 * n) * 4);
+      const float2 minus_lse = load_shared_pair(row + 32 * n);
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -103,9 +106,14 @@ class GradientTile {
 
   // Hides the scores of pairs that do not see each other.
   __device__ __forceinline__ void hide(const Sequence& sequence, const TilePlace& at) {
+    const int lane = afresh(lane_), key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
+    const int behind_end = key - query - sequence.end_offset;
+    const int behind_begin = key - query - sequence.begin_offset;
+    const int behind_last = key - sequence.seqlen_k;
     map([&](int m, int n, int e) {
-      const int i = query_of(at, n, e), j = key_of(at, m, e);
-      const bool visible = j < sequence.end(i) && j >= sequence.begin(i);
+      const int rows = 16 * m + e / 2 * 8, columns = 8 * n + e % 2;
+      const bool visible = behind_end + rows - columns < 0 && behind_last + rows < 0 &&
+                           behind_begin + rows - columns >= 0;
       s[m][n].r[e] = visible ? s[m][n].r[e] : -INFINITY;
     });
   }
@@ -119,7 +127,7 @@ class GradientTile {
     const float factor = dropout.enabled() ? dropout.scale() : 1.0f;
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      const uint32_t row = rows_ + (first + 8 * n) * 4;
+      const uint32_t row = row_data(first + 8 * n);
       const float2 minus_lse = load_shared_pair(row);
       const float2 minus_delta = load_shared_pair(row + S::kBlockM * 4);
       const float2 normalizer = load_shared_pair(row + S::kBlockM * 8);
@@ -147,6 +155,10 @@ class GradientTile {
     }
   }
 
+  // The lane's columns of row data from row `first` of the block on.
+  __device__ __forceinline__ uint32_t row_data(int first) const {
+    return shared_.rows + first * 4 + afresh(lane_) % 4 * 8;
+  }
   __device__ __forceinline__ int query_of(const TilePlace& at, int n, int e) const {
     return at.i0 + 8 * n + lane_ % 4 * 2 + e % 2;
   }
@@ -173,7 +185,7 @@ class GradientTile {
   __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
                                           uint32_t b_tile, int first, int dim) {
     const int steps = S::kGeneral ? (dim + 15) / 16 : S::kDim / 16;
-    const uint32_t a_lane = afresh(a_), b_lane = afresh(b_);
+    const uint32_t a_lane = afresh(a_), b_lane = afresh(b_), row = row_data(first);
     if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
 #pragma unroll(S::kGeneral ? 1 : S::kDim / 16)
     for (int step = 0; step < steps; ++step) {
@@ -192,7 +204,7 @@ class GradientTile {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             Accumulator& to = x[m][n + half];
-            if (begins) to = start_of<kMinusDelta>(first + 8 * (n + half));
+            if (begins) to = start_of<kMinusDelta>(row + 32 * (n + half));
             mma<T>(to, a[m], b[2 * half], b[2 * half + 1], to);
           }
         }
@@ -200,13 +212,13 @@ class GradientTile {
     }
   }
 
-  // What sums of a column begin with.
+  // What sums of columns begin with whose row data is at `row`.
   template <bool kMinusDelta>
-  __device__ __forceinline__ Accumulator start_of(int column) const {
+  static __device__ __forceinline__ Accumulator start_of(uint32_t row) {
     if constexpr (!kMinusDelta) return {};
     // Loaded twice: two registers more would be copies.
-    const float2 upper = load_shared_pair(rows_ + (S::kBlockM + column) * 4);
-    const float2 lower = load_shared_pair(rows_ + (S::kBlockM + column) * 4);
+    const float2 upper = load_shared_pair(row + S::kBlockM * 4);
+    const float2 lower = load_shared_pair(row + S::kBlockM * 4);
     return {{upper.x, upper.y, lower.x, lower.y}};
   }
 
@@ -224,7 +236,7 @@ class GradientTile {
   }
 
   const BackwardShared<S>& shared_;
-  uint32_t a_, b_, rows_;  // this lane's places in a tile of keys, of queries, and in row data
+  uint32_t a_, b_;  // this lane's places in a tile of keys and of queries
   int lane_;
 };
 
