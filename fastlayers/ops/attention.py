@@ -407,7 +407,15 @@ def _facts_of(query, key, value, *others):
         "dtype": query.dtype,
         "head_dim": query.shape[-1],
         "head_dim_v": value.shape[-1],
+        "sizes": _sizes(query, key),
     }
+
+
+def _sizes(query, key):
+    """(batch * heads, seqlen_q, seqlen_k, head_dim), what the choice among GPU kernels goes by; packed: all tokens."""
+    if query.dim() == 3:
+        return (query.shape[1], query.shape[0], key.shape[0], query.shape[2])
+    return (query.shape[0] * query.shape[1], query.shape[2], key.shape[2], query.shape[3])
 
 
 def _attention_facts(query, key, value, *args, **kwargs):
