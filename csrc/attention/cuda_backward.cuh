@@ -21,7 +21,7 @@ class BackwardWarp {
   __device__ __forceinline__ BackwardWarp(const BackwardShared<S>& shared, int warp, int lane,
                                           int column)
       : shared_(shared), lane_(lane) {
-    q_ = S::TileQ::step_of(S::TileQ::lane_transposed(0, lane), column / 16, 0);
+    q_ = queries_lane(lane) + column / S::kPanel * S::TileQ::kPanelBytes;
     clear(dk);
     clear(dv);
   }
@@ -50,9 +50,10 @@ class BackwardWarp {
     const auto stored = [&](int w) {
       return !keys.none(j0 + w * S::kWarpKeys, j0 + (w + 1) * S::kWarpKeys);
     };
-    const uint32_t ds_lane = S::TileDs::step_of(S::TileDs::lane_b(0, thread % 32), first / 16, 0);
-    const uint32_t k_lane =
-        S::TileKv::step_of(S::TileKv::lane_transposed(0, thread % 32), column / 16, 0);
+    const uint32_t ds_lane = S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, thread % 32),
+                                              0, first * kSize / 16);
+    const uint32_t k_lane = S::TileKv::moved(S::TileKv::lane_b_transposed(shared_.k, thread % 32),
+                                             0, column * kSize / 16);
     Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
     clear(dq);
     if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
@@ -78,18 +79,15 @@ class BackwardWarp {
   // x times factor to the warp's rows of a tile of T.
   __device__ __forceinline__ void stage(const Accumulator (&x)[S::kTilesM][S::kTilesD],
                                         uint32_t tile, float factor) const {
-    const uint32_t place = lane_pair<typename S::TileKv>(lane_);
+    const uint32_t place = S::TileKv::lane_accumulator(tile, lane_);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
+        Accumulator scaled = x[m][d];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const uint32_t pair = pack<T>(x[m][d].r[2 * r] * factor, x[m][d].r[2 * r + 1] * factor);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(
-                           pair_of<typename S::TileKv>(place, d, 16 * m + 8 * r) + tile),
-                       "r"(pair));
-        }
+        for (int e = 0; e < 4; ++e) scaled.r[e] *= factor;
+        S::TileKv::store(place, 16 * m, d, scaled);
       }
     }
   }
@@ -97,6 +95,12 @@ class BackwardWarp {
   Accumulator dk[S::kTilesM][S::kTilesD], dv[S::kTilesM][S::kTilesD];
 
  private:
+  static constexpr int kSize = sizeof(T);
+
+  static __device__ __forceinline__ uint32_t queries_lane(int lane) {
+    return S::TileQ::template lane_b_transposed<Order::kPaired>(0, lane);
+  }
+
   template <int kM, int kN>
   static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
 #pragma unroll
@@ -112,19 +116,13 @@ class BackwardWarp {
   __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
                                            int first) const {
     const int thread = afresh(static_cast<int>(threadIdx.x));
-    const uint32_t lane_row = lane_pair<typename S::TileDs>(thread % 32) +
-                              thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
+    const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
+    const uint32_t place = S::TileDs::lane_accumulator(rows, thread % 32);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int n = 0; n < S::kTilesN; ++n) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(
-                           pair_of<typename S::TileDs>(lane_row, first / 8 + n, 16 * m + 8 * r) +
-                           shared_.ds),
-                       "r"(pack<T>(ds[m][n].r[2 * r], ds[m][n].r[2 * r + 1])));
-        }
+        S::TileDs::store(place, 16 * m, first / 8 + n, ds[m][n]);
       }
     }
   }
@@ -134,22 +132,22 @@ class BackwardWarp {
                                               uint32_t ds_lane, uint32_t k_lane, int columns,
                                               F stored) const {
 #pragma unroll
-    for (int step = 0; step < S::kBlockN / 16; ++step) {
-      if (!stored(step / S::kTilesM)) continue;
-      FragmentA a[S::kStepM / 16];
+    for (int step = 0; step < S::kBlockN / kDepth<T>; ++step) {
+      if (!stored(step * kDepth<T> / S::kWarpKeys)) continue;
+      FragmentA<T> a[S::kStepM / 16];
 #pragma unroll
       for (int m = 0; m < S::kStepM / 16; ++m) {
-        ldmatrix_transposed(a[m].r, S::TileDs::step_of(ds_lane, m, 16 * step) + shared_.ds);
+        S::TileDs::load_a_transposed(a[m], ds_lane, m, kDepth<T> * step);
       }
 #pragma unroll
       for (int d = 0; d < S::kColumnsQ / 8; d += 2) {
         if (S::kGeneral && 8 * d >= columns) break;
-        uint32_t b[4];
-        ldmatrix_transposed(b, S::TileKv::step_of(k_lane, d / 2, 16 * step) + shared_.k);
+        FragmentB<T> b[2];
+        S::TileKv::load_b_transposed(b, k_lane, d / 2, kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kStepM / 16; ++m) {
-          mma<T>(dq[m][d], a[m], b[0], b[1], dq[m][d]);
-          mma<T>(dq[m][d + 1], a[m], b[2], b[3], dq[m][d + 1]);
+          mma<T>(dq[m][d], a[m], b[0], dq[m][d]);
+          mma<T>(dq[m][d + 1], a[m], b[1], dq[m][d + 1]);
         }
       }
     }
@@ -159,23 +157,23 @@ class BackwardWarp {
   __device__ __forceinline__ void add_product(Accumulator (&x)[S::kTilesM][S::kTilesD],
                                               const Accumulator (&a)[S::kTilesM][S::kTilesN],
                                               uint32_t b_tile, int first, int columns) {
-    const uint32_t b_lane = afresh(q_);
+    const uint32_t b_lane = afresh(q_) + b_tile + first * S::TileQ::kRowBytes;
 #pragma unroll
-    for (int step = 0; step < S::kStepM / 16; ++step) {
-      FragmentA operand[S::kTilesM];
+    for (int step = 0; step < S::kStepM / kDepth<T>; ++step) {
+      FragmentA<T> operand[S::kTilesM];
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
-        operand[m] = operand_of<T>(a[m][2 * step], a[m][2 * step + 1]);
+        to_fragment_a<T>(operand[m], &a[m][step * kDepth<T> / 8]);
       }
 #pragma unroll
       for (int d = 0; d < S::kTilesD; d += 2) {
         if (S::kGeneral && 8 * d >= columns) break;
-        uint32_t b[4];
-        ldmatrix_transposed(b, S::TileQ::step_of(b_lane, d / 2, first + 16 * step) + b_tile);
+        FragmentB<T> b[2];
+        S::TileQ::template load_b_transposed<Order::kPaired>(b, b_lane, d / 2, kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(x[m][d], operand[m], b[0], b[1], x[m][d]);
-          mma<T>(x[m][d + 1], operand[m], b[2], b[3], x[m][d + 1]);
+          mma<T>(x[m][d], operand[m], b[0], x[m][d]);
+          mma<T>(x[m][d + 1], operand[m], b[1], x[m][d + 1]);
         }
       }
     }

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kTh
     attention_backward_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, kGeneral, kOldGpu>;
-  if constexpr (!kServed<T>) return;
+  if constexpr (!kHasMma<T>) return;
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ int place[3];  // read again at the end
   const AttentionForward& f = p.forward;

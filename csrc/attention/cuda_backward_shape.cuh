@@ -4,8 +4,6 @@
 //   p = exp(s - lse), dp = dropout(do v'), ds = p (dp - delta), delta = rowsum(do o) - dlse
 #pragma once
 
-#include <type_traits>
-
 #include "attention/cuda_scores.cuh"
 #include "common/shared_tile.cuh"
 
@@ -18,10 +16,6 @@ constexpr bool kOldGpu = true;  // 64 KB of shared memory
 #else
 constexpr bool kOldGpu = false;
 #endif
-
-// Whether the GPU's tensor cores take T; kernels are empty where they do not.
-template <class T>
-constexpr bool kServed = !(kOldGpu && std::is_same_v<T, __nv_bfloat16>);
 
 // One warp takes kWarpKeys keys, the rows of its tiles, and kStepM queries at a time, the columns.
 template <class T_, int kDim_, bool kGeneral_, bool kOld_>
@@ -41,9 +35,9 @@ struct BackwardShape {
   static constexpr int kWarpsM = kBlockM / kStepM, kWarpsD = kWarps / kWarpsM;
   static constexpr int kColumnsQ = kColumns / kWarpsD;
 
-  using TileQ = SharedTile<kBlockM, kDim>;
-  using TileKv = SharedTile<kBlockN, kDim>;
-  using TileDs = SharedTile < kBlockN, kBlockM<32 ? 32 : kBlockM>;  // keys x queries
+  using TileQ = SharedTile<T, kBlockM, kDim>;
+  using TileKv = SharedTile<T, kBlockN, kDim>;
+  using TileDs = SharedTile<T, kBlockN, (kBlockM > 32 ? kBlockM : 32)>;  // keys x queries
   static constexpr int kPanel = TileQ::kPanel;
   static constexpr int kRowArrays = kGeneral ? 3 : 2;  // minus_lse, minus_delta, normalizer
 };
@@ -68,18 +62,6 @@ struct BackwardShared {
     return (dim + S::kPanel - 1) / S::kPanel;
   }
 };
-
-// Accumulators in a tile of T: the lane's place in 8 rows and 8 columns, and from there the place
-// `row` rows (a multiple of 8) and `chunk` times 8 columns further on.
-template <class Tile>
-__device__ __forceinline__ uint32_t lane_pair(int lane) {
-  return Tile::at(lane / 4, 0) + lane % 4 * 4;
-}
-template <class Tile>
-__device__ __forceinline__ uint32_t pair_of(uint32_t lane_address, int chunk, int row) {
-  return (lane_address ^ chunk % Tile::kChunks << 4) + chunk / Tile::kChunks * Tile::kPanelBytes +
-         row * Tile::kRowBytes;
-}
 
 // The queries that see some and that see all of the keys [j0, j1).
 struct VisibleQueries {

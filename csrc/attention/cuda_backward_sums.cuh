@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
     attention_row_sums_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, true, kOldGpu>;
-  if constexpr (!kServed<T>) return;
+  if constexpr (!kHasMma<T>) return;
   extern __shared__ __align__(128) uint8_t memory[];
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
     attention_mask_gradient_kernel(const __grid_constant__ AttentionBackward p,
                                    const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, true, kOldGpu>;
-  if constexpr (!kServed<T>) return;
+  if constexpr (!kHasMma<T>) return;
   extern __shared__ __align__(128) uint8_t memory[];
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;

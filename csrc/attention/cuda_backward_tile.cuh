@@ -33,7 +33,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x,
   using T = typename S::T;
   const int thread = afresh(static_cast<int>(threadIdx.x));
   if constexpr (S::kGeneral) {
-    using Panel = SharedTile<Tile::kRows, Tile::kPanel>;
+    using Panel = SharedTile<T, Tile::kRows, Tile::kPanel>;
     for (int column = 0; column < columns; column += Tile::kPanel) {
       TileCopy<Panel, S::kThreads, T>(tile, x + column, stride, row, rows,
                                       min(columns - column, Tile::kPanel), thread)
@@ -184,20 +184,19 @@ class GradientTile {
   template <bool kMinusDelta>
   __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
                                           uint32_t b_tile, int first, int dim) {
-    const int steps = S::kGeneral ? (dim + 15) / 16 : S::kDim / 16;
-    const uint32_t a_lane = afresh(a_), b_lane = afresh(b_), row = row_data(first);
+    const int steps = S::kGeneral ? (dim + kDepth<T> - 1) / kDepth<T> : S::kDim / kDepth<T>;
+    const uint32_t a_lane = afresh(a_) + a_tile, row = row_data(first);
+    const uint32_t b_lane = afresh(b_) + b_tile + first * S::TileQ::kRowBytes;
     if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
-#pragma unroll(S::kGeneral ? 1 : S::kDim / 16)
+#pragma unroll(S::kGeneral ? 1 : S::kDim / kDepth<T>)
     for (int step = 0; step < steps; ++step) {
-      FragmentA a[S::kTilesM];
+      FragmentA<T> a[S::kTilesM];
 #pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
-        ldmatrix(a[m].r, S::TileKv::step_of(a_lane, step, 16 * m) + a_tile);
-      }
+      for (int m = 0; m < S::kTilesM; ++m) S::TileKv::load_a(a[m], a_lane, step, 16 * m);
 #pragma unroll
       for (int n = 0; n < S::kTilesN; n += 2) {
-        uint32_t b[4];
-        ldmatrix(b, S::TileQ::step_of(b_lane, step, first + 8 * n) + b_tile);
+        FragmentB<T> b[2];
+        S::TileQ::load_b(b, b_lane, step, 8 * n);
         const bool begins = !S::kGeneral && step == 0;
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
@@ -205,7 +204,7 @@ class GradientTile {
           for (int half = 0; half < 2; ++half) {
             Accumulator& to = x[m][n + half];
             if (begins) to = start_of<kMinusDelta>(row + 32 * (n + half));
-            mma<T>(to, a[m], b[2 * half], b[2 * half + 1], to);
+            mma<T>(to, a[m], b[half], to);
           }
         }
       }
@@ -239,12 +238,5 @@ class GradientTile {
   uint32_t a_, b_;  // this lane's places in a tile of keys and of queries
   int lane_;
 };
-
-// Accumulators of two neighbouring tiles as an operand of the next product.
-template <class T>
-__device__ __forceinline__ FragmentA operand_of(const Accumulator& left, const Accumulator& right) {
-  return {{pack<T>(left.r[0], left.r[1]), pack<T>(left.r[2], left.r[3]),
-           pack<T>(right.r[0], right.r[1]), pack<T>(right.r[2], right.r[3])}};
-}
 
 }  // namespace fl
