@@ -35,12 +35,12 @@ struct ForwardTask {
   template <class Tile, int kDirection>
   using Copy = TileCopy<Tile, S::kThreads, T, kDirection>;
 
-  const AttentionForward& p;
+  const AttentionForward* p;
   int thread, lane, first_row, b, h, m0, i0;  // first_row, i0: of the warp, in the block and in q
   Sequence sequence;
 
-  __device__ __forceinline__ explicit ForwardTask(const AttentionForward& p)
-      : p(p),
+  __device__ __forceinline__ explicit ForwardTask(const AttentionForward& parameters)
+      : p(&parameters),
         thread(FL_SPECIAL_REGISTER("tid.x")),
         lane(thread % 32),
         first_row(thread / 32 * S::kWarpRows),
@@ -49,7 +49,7 @@ struct ForwardTask {
         // The last rows come first: under a causal mask they are the longest.
         m0(static_cast<int>(gridDim.x - 1 - blockIdx.x) * S::kBlockM),
         i0(m0 + first_row),
-        sequence(p, b) {}
+        sequence(parameters, b) {}
 
   // The keys that some row of the block sees, filled up to whole tiles: [first_tile, end).
   __device__ __forceinline__ int first_tile() const {
@@ -64,21 +64,22 @@ struct ForwardTask {
 
   // Tiles from row m0 of q, and from row j0 of k and v on, backwards.
   __device__ __forceinline__ auto copy_q(uint32_t tile) const {
-    return copy<typename S::TileQ, 1>(tile, p.q, h, sequence.first_q, m0, sequence.seqlen_q,
-                                      p.head_dim);
+    return copy<typename S::TileQ, 1>(tile, p->q, h, sequence.first_q, m0, sequence.seqlen_q,
+                                      p->head_dim);
   }
   __device__ __forceinline__ auto copy_k(uint32_t tile, int j0) const {
-    return copy<typename S::TileKv, -1>(tile, p.k, head_k(), sequence.first_k, j0,
-                                        sequence.seqlen_k, p.head_dim);
+    return copy<typename S::TileKv, -1>(tile, p->k, head_k(), sequence.first_k, j0,
+                                        sequence.seqlen_k, p->head_dim);
   }
   __device__ __forceinline__ auto copy_v(uint32_t tile, int j0) const {
-    return copy<typename S::TileKv, -1>(tile, p.v, head_k(), sequence.first_k, j0,
-                                        sequence.seqlen_k, p.head_dim_v);
+    return copy<typename S::TileKv, -1>(tile, p->v, head_k(), sequence.first_k, j0,
+                                        sequence.seqlen_k, p->head_dim_v);
   }
 
  private:
   __device__ __forceinline__ int head_k() const {
-    return h / static_cast<int>(p.heads_q / p.heads_k);
+    return static_cast<unsigned>(h) * static_cast<unsigned>(p->heads_k) /
+           static_cast<unsigned>(p->heads_q);
   }
   template <class Tile, int kDirection>
   __device__ __forceinline__ Copy<Tile, kDirection> copy(uint32_t tile, const TensorView4& x,
@@ -108,7 +109,7 @@ __device__ __forceinline__ Dropout dropout_of(const AttentionForward& p) {
 template <class S>
 __device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const ForwardTask<S>& task,
                                               const VisibleKeys& keys, int j0) {
-  const AttentionForward& p = task.p;
+  const AttentionForward& p = *task.p;
   const Sequence& sequence = task.sequence;
   const int i0 = task.i0;
   if constexpr (S::kGeneral) {
@@ -136,7 +137,7 @@ template <class S>
 __device__ __forceinline__ void store_results(ForwardWarp<S>& warp, const ForwardTask<S>& task,
                                               uint32_t tile) {
   using T = typename S::T;
-  const AttentionForward& p = task.p;
+  const AttentionForward& p = *task.p;
   const Sequence& sequence = task.sequence;
   float lse[2 * S::kTilesM];
   const float factor = p.dropout.enabled() ? p.dropout.scale() : 1.0f;
@@ -181,7 +182,7 @@ __device__ __forceinline__ void store_results(ForwardWarp<S>& warp, const Forwar
 template <class S>
 __device__ __forceinline__ void any_tile(ForwardWarp<S>& warp, const ForwardTask<S>& task,
                                          const ForwardTiles<S>& tiles, int j0, bool arrived) {
-  const AttentionForward& p = task.p;
+  const AttentionForward& p = *task.p;
   if (!arrived) {
     wait_for_copies<0>();
     __syncthreads();  // k is here; v has been used by all
@@ -213,22 +214,25 @@ __device__ __forceinline__ void any_tile(ForwardWarp<S>& warp, const ForwardTask
 // masks, no tails. Returns the first tile that is none of them, or, with true, the one whose scores
 // need a new shift and are lost.
 template <class S>
-__device__ __forceinline__ bool plain_tiles(ForwardWarp<S>& warp, const ForwardTask<S>& task,
+__device__ __forceinline__ bool plain_tiles(ForwardWarp<S>& warp, ForwardTask<S>& task,
                                             const ForwardTiles<S>& tiles, int& j0) {
   const VisibleKeys keys = task.warp_keys();
   const int first_tile = task.first_tile(), begin = max(first_tile, keys.all_begin);
   auto copy_k = task.copy_k(tiles.k, j0 - S::kBlockN);
   auto copy_v = task.copy_v(tiles.v, j0);
   const int end = min(keys.all_end, min(copy_k.whole_rows(), copy_v.whole_rows()));
-  if (j0 + S::kBlockN > end) return false;
-  const float scale = task.p.softmax_scale * kLog2e;
+  if (j0 + S::kBlockN > end || j0 < begin) return false;
+  const AttentionForward& p = *task.p;
+  const float scale = p.softmax_scale * kLog2e;
+  bool renew = false;
   for (; j0 >= begin; j0 -= S::kBlockN) {
     wait_for_copies<0>();
     __syncthreads();  // k is here; v has been used by all
     copy_v.next_whole();
     commit_copies();
     warp.multiply_k();
-    if (!warp.exponentiate(scale)) return true;
+    renew = !warp.exponentiate(scale);
+    if (renew) break;
     warp.pack_scores();
     wait_for_copies<0>();
     __syncthreads();  // v is here; k has been used by all
@@ -238,7 +242,8 @@ __device__ __forceinline__ bool plain_tiles(ForwardWarp<S>& warp, const ForwardT
     }
     warp.multiply_v();
   }
-  return false;
+  task = ForwardTask<S>(p);
+  return renew;
 }
 
 template <class S>
@@ -246,35 +251,30 @@ __device__ __forceinline__ void forward_block(const AttentionForward& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const ForwardTiles<S> tiles(memory);
   ForwardWarp<S> warp;
-  int j0;
-  {
-    const ForwardTask<S> task(p);
-    if (task.m0 >= task.sequence.seqlen_q) return;
-    warp.start(tiles.q + task.first_row * S::TileQ::kRowBytes, tiles.k, tiles.v, task.lane);
-    // The last keys come first, too: what a causal mask hides in part is also the first tile.
-    j0 = (task.end() + S::kBlockN - 1) / S::kBlockN * S::kBlockN - S::kBlockN;
-    if (j0 >= task.first_tile()) {
-      task.copy_q(tiles.q).next();
-      task.copy_k(tiles.k, j0).next();
-      commit_copies();
-      wait_for_copies<0>();
-      __syncthreads();
-      warp.load_q();
-      task.copy_v(tiles.v, j0).next();
-      commit_copies();
-    }
+  ForwardTask<S> task(p);
+  if (task.m0 >= task.sequence.seqlen_q) return;
+  warp.start(tiles.q + task.first_row * S::TileQ::kRowBytes, tiles.k, tiles.v, task.lane);
+  // The last keys come first, too: what a causal mask hides in part is also the first tile.
+  int j0 = (task.end() + S::kBlockN - 1) / S::kBlockN * S::kBlockN - S::kBlockN;
+  if (j0 >= task.first_tile()) {
+    task.copy_q(tiles.q).next();
+    task.copy_k(tiles.k, j0).next();
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    warp.load_q();
+    task.copy_v(tiles.v, j0).next();
+    commit_copies();
   }
   bool arrived = true;
-  while (true) {
-    const ForwardTask<S> task(p);
-    if (j0 < task.first_tile()) break;
+  while (j0 >= task.first_tile()) {
     any_tile(warp, task, tiles, j0, arrived);
     j0 -= S::kBlockN;
     arrived = false;
     if constexpr (!S::kGeneral) arrived = plain_tiles(warp, task, tiles, j0);
   }
   __syncthreads();  // q is no longer read by any warp: its tile takes the output
-  store_results(warp, ForwardTask<S>(p), tiles.q);
+  store_results(warp, task, tiles.q);
 }
 
 template <class S>
