@@ -42,7 +42,6 @@ class ForwardWarp {
     q_ = S::TileQ::lane_a(q, lane);
     k_ = S::TileKv::lane_b(k, lane);
     v_ = S::TileKv::template lane_b_transposed<Order::kPaired>(v, lane);
-    o_ = S::TileQ::lane_accumulator(q, lane);
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       shift_[row] = -INFINITY;
@@ -110,7 +109,13 @@ class ForwardWarp {
     float sums[2 * S::kTilesM];
     float all = 0.0f;  // infinite or NaN where a row's sum is
 #pragma unroll
-    for (int row = 0; row < 2 * S::kTilesM; ++row) all += sums[row] = exponentiate_row(row, scale);
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int row = 2 * m; row < 2 * m + 2; ++row) {
+        all += sums[row] = exponentiate_row(row, scale);
+      }
+      pack_scores(m);
+    }
     if (!__all_sync(~0u, all <= kLargest)) return false;
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) sum_[row] += sums[row];
@@ -167,14 +172,11 @@ class ForwardWarp {
     }
   }
 
-  // The scores as operands of multiply_v: 16-bit ones take half of the registers.
-  __device__ __forceinline__ void pack_scores() {
+  // The scores of 16 rows as operands of multiply_v: 16-bit ones take half of the registers.
+  __device__ __forceinline__ void pack_scores(int m) {
     if constexpr (kPacks) {
 #pragma unroll
-      for (int step = 0; step < kStepsV; ++step) {
-#pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) read_scores(packed_[step][m], step, m);
-      }
+      for (int step = 0; step < kStepsV; ++step) read_scores(packed_[step][m], step, m);
     }
   }
 
@@ -222,12 +224,13 @@ class ForwardWarp {
     }
   }
 
-  // The output to the warp's rows of the tile of q.
-  __device__ __forceinline__ void stage_output() const {
+  // The output to the warp's rows of a tile, which begin at q.
+  __device__ __forceinline__ void stage_output(uint32_t q, int lane) const {
+    const uint32_t to = S::TileQ::lane_accumulator(q, lane);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-      for (int d = 0; d < S::kTilesD; ++d) S::TileQ::store(o_, 16 * m, d, output_[m][d]);
+      for (int d = 0; d < S::kTilesD; ++d) S::TileQ::store(to, 16 * m, d, output_[m][d]);
     }
   }
 
@@ -280,7 +283,7 @@ class ForwardWarp {
     return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   }
 
-  uint32_t q_, k_, v_, o_;  // this lane's addresses in the tiles
+  uint32_t q_, k_, v_;  // this lane's addresses in the tiles
   FragmentA<T> packed_[kPacks ? kStepsV : 1][S::kTilesM];
   FragmentA<T> kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
   Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];

@@ -148,7 +148,7 @@ __device__ __forceinline__ void store_results(ForwardWarp<S>& warp, const Forwar
     const int i = task.i0 + 8 * row + task.lane / 4;
     if (task.lane % 4 == 0 && i < sequence.seqlen_q) to_lse[i] = lse[row];
   }
-  warp.stage_output();
+  warp.stage_output(tile + task.first_row * S::TileQ::kRowBytes, task.lane);
   __syncwarp();
 
   T* o = static_cast<T*>(p.o.data) + task.b * p.o.stride_b + task.h * p.o.stride_h +
@@ -199,7 +199,8 @@ __device__ __forceinline__ void any_tile(ForwardWarp<S>& warp, const ForwardTask
       const auto bh = static_cast<uint32_t>(task.b * p.heads_q + task.h);
       if (p.dropout.enabled()) warp.drop(dropout_of(p), bh, task.i0, j0, task.lane);
     }
-    warp.pack_scores();
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) warp.pack_scores(m);
   }
   wait_for_copies<0>();
   __syncthreads();  // v is here; k has been used by all
@@ -233,7 +234,6 @@ __device__ __forceinline__ bool plain_tiles(ForwardWarp<S>& warp, ForwardTask<S>
     warp.multiply_k();
     renew = !warp.exponentiate(scale);
     if (renew) break;
-    warp.pack_scores();
     wait_for_copies<0>();
     __syncthreads();  // v is here; k has been used by all
     if (j0 > first_tile) {
