@@ -9,11 +9,11 @@
 
 namespace fl {
 // A register that the compiler reads again instead of keeping what follows from it.
-#define FL_SPECIAL_REGISTER(name)                             \
-  [] {                                                        \
-    uint32_t value;                                           \
-    asm volatile("mov.u32 %0, %%" name ";" : "=r"(value));    \
-    return static_cast<int>(value);                           \
+#define FL_SPECIAL_REGISTER(name)                          \
+  [] {                                                     \
+    uint32_t value;                                        \
+    asm volatile("mov.u32 %0, %%" name ";" : "=r"(value)); \
+    return static_cast<int>(value);                        \
   }()
 
 // The block's tiles in shared memory, as 32-bit addresses.
@@ -86,13 +86,8 @@ struct ForwardTask {
                                                          int head, int64_t first, int row, int rows,
                                                          int64_t columns) const {
     const T* data = static_cast<const T*>(x.data) + b * x.stride_b + head * x.stride_h;
-    return {tile,
-            data + first * x.stride_s,
-            x.stride_s,
-            row,
-            rows,
-            static_cast<int>(columns),
-            thread};
+    return {tile, data + first * x.stride_s, x.stride_s, row,
+            rows, static_cast<int>(columns), thread};
   }
 };
 #undef FL_SPECIAL_REGISTER
@@ -277,10 +272,19 @@ __device__ __forceinline__ void forward_block(const AttentionForward& p) {
   store_results(warp, task, tiles.q);
 }
 
+// Rows of 32 per warp spill registers at head_dim 96 and 128 where mma is m16n8k8: sm_75 takes 16.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class S>
+constexpr bool kFitsHere = kHasMma<typename S::T> && (S::kTilesM == 1 || S::kDim <= 64);
+#else
+template <class S>
+constexpr bool kFitsHere = S::kGeneral || S::kDim > 128 || S::kTilesM == 2;
+#endif
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads)
     attention_forward_kernel(const __grid_constant__ AttentionForward p) {
-  if constexpr (kHasMma<typename S::T>) forward_block<S>(p);
+  if constexpr (kFitsHere<S>) forward_block<S>(p);
 }
 
 template <class S>
@@ -307,23 +311,37 @@ inline bool is_general(const AttentionForward& p) {
          !(p.softmax_scale > 0);
 }
 
-// The kernel for the head_dim's bucket. Each T is compiled in a file of its own.
+// The kernel for the head_dim's bucket; `major` is that of the compute capability. Each T is
+// compiled in a file of its own. Tiles are as large as registers and, on sm_75, 64 KB of shared
+// memory allow. The general kernel comes in fewer buckets, and is the only one for float: each
+// takes seconds to compile.
 template <class T>
-void forward_of(const AttentionForward& p, cudaStream_t stream) {
+void forward_of(const AttentionForward& p, int major, cudaStream_t stream) {
+  constexpr bool kFloat = sizeof(T) == 4;
   const auto dim = static_cast<int>(std::max(p.head_dim, p.head_dim_v));
-  const int bucket = dim <= 32    ? 32
-                     : dim <= 64  ? 64
-                     : dim <= 96  ? 96
-                     : dim <= 128 ? 128
-                     : dim <= 192 ? 192
-                                  : 256;
-  with_bool(is_general(p), [&](auto general) {
+  if (kFloat || is_general(p)) {
+    const int bucket = dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+    return with_int(Ints<32, 64, 128, 256>{}, bucket, "head_dim", [&](auto constant) {
+      constexpr int kDim = decltype(constant)::value;
+      constexpr int kBlockN = kDim <= 64 ? 64 : (kDim <= 128 ? 64 : 32) / (kFloat ? 2 : 1);
+      constexpr int kWarps = kFloat && kDim > 128 ? 2 : 4;
+      launch_forward<ForwardShape<T, kDim, kBlockN, 1, true, kWarps>>(p, stream);
+    });
+  }
+  if constexpr (!kFloat) {
+    const int bucket = dim <= 128 ? (dim + 31) / 32 * 32 : (dim + 63) / 64 * 64;
     with_int(Ints<32, 64, 96, 128, 192, 256>{}, bucket, "head_dim", [&](auto constant) {
       constexpr int kDim = decltype(constant)::value, kBlockN = kDim > 128 ? 32 : 64;
-      constexpr int kTilesM = kDim > 128 ? 1 : 2;
-      launch_forward<ForwardShape<T, kDim, kBlockN, kTilesM, decltype(general)::value>>(p, stream);
+      if constexpr (kDim > 64) {
+        if (kDim > 128 || major < 8) {
+          return launch_forward<ForwardShape<T, kDim, kBlockN, 1, false>>(p, stream);
+        }
+      }
+      if constexpr (kDim <= 128) {
+        launch_forward<ForwardShape<T, kDim, kBlockN, 2, false>>(p, stream);
+      }
     });
-  });
+  }
 }
 
 }  // namespace fl

@@ -441,8 +441,8 @@ def _head_dim_reason(facts):
 
 
 def _cuda_reason(facts):
-    if facts["dtype"] not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
+    if facts["dtype"] not in _KERNEL_DTYPES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {facts['dtype']}"
     if facts["needs_gradient"]:
         return "the CUDA kernels have no backward yet"
     reason = _head_dim_reason(facts) or backends.cuda_reason(facts)
