@@ -10,7 +10,8 @@ from tests.test_attention import ODD, OPTIONS, rng
 
 pytestmark = pytest.mark.skipif("cuda" not in BACKENDS["adam"], reason="needs nvcc, or a GPU")
 OLD = SIMULATED and ARCH == "sm_75"  # whose tensor cores have no bfloat16
-on_dtypes = pytest.mark.parametrize("dtype", [torch.float16] if OLD else [torch.float16, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.float16] if OLD else [torch.float32, torch.float16, torch.bfloat16]
+on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -176,8 +177,8 @@ def test_decoding(dtype):
 
 
 def test_what_it_cannot_serve():
-    query, key, value = qkv(torch.float32)
-    with pytest.raises(backends.BackendError, match=r"take float16 and bfloat16, not torch\.float32"):
+    query, key, value = qkv(torch.float64)
+    with pytest.raises(backends.BackendError, match=r"take float32, float16 and bfloat16, not torch\.float64"):
         ops.attention(query, key, value, backend="cuda")
 
 

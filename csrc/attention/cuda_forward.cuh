@@ -14,37 +14,21 @@
 namespace fl {
 
 constexpr float kLargest = 1024.0f;  // sum of a lane's terms in a tile
-constexpr int kForwardWarps = 4, kForwardThreads = 32 * kForwardWarps;
 
-template <class T_, int kDim_, int kBlockN_, int kTilesM_, bool kGeneral_>
+template <class T_, int kDim_, int kBlockN_, int kTilesM_, bool kGeneral_, int kWarps_ = 4>
 struct ForwardShape {
   using T = T_;
   static constexpr int kDim = kDim_, kBlockN = kBlockN_;  // head_dim and head_dim_v, filled up
   static constexpr int kTilesM = kTilesM_;                // of 16 rows, per warp
   static constexpr bool kGeneral = kGeneral_;             // ScoreRules or dropout
   static constexpr bool kKeepsQ = kDim <= 64 && sizeof(T) == 2;  // its fragments stay in registers
-  static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kForwardWarps * kWarpRows;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kWarps * kWarpRows;
   static constexpr int kTilesN = kBlockN / 8, kTilesD = kDim / 8, kSteps = kDim / kDepth<T>;
   using TileQ = SharedTile<T, kBlockM, kDim>;
   using TileKv = SharedTile<T, kBlockN, kDim>;
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKv::kBytes;
 };
-
-// Head h of batch b of x to a shared tile; row 0 is row `first` of x, the first tile begins at
-// `row`.
-template <class Tile, class T, int kDirection = 1>
-__device__ __forceinline__ TileCopy<Tile, kForwardThreads, T, kDirection> copy_of(
-    uint32_t tile, const TensorView4& x, int64_t b, int64_t h, int64_t first, int row, int rows,
-    int64_t columns) {
-  const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
-  return {tile,
-          data + first * x.stride_s,
-          x.stride_s,
-          row,
-          rows,
-          static_cast<int>(columns),
-          static_cast<int>(threadIdx.x)};
-}
 
 // The rows of one warp: scores, their softmax so far, and the output before its division. Row
 // 2 m + r of a lane is row 16 m + 8 r + lane / 4 of the warp.
@@ -53,11 +37,11 @@ class ForwardWarp {
   using T = typename S::T;
 
  public:
-  __device__ __forceinline__ ForwardWarp(uint32_t q, uint32_t k, uint32_t v, int lane) {
+  // q: the warp's rows of the tile; nothing is visible yet.
+  __device__ __forceinline__ void start(uint32_t q, uint32_t k, uint32_t v, int lane) {
     q_ = S::TileQ::lane_a(q, lane);
     k_ = S::TileKv::lane_b(k, lane);
     v_ = S::TileKv::template lane_b_transposed<Order::kPaired>(v, lane);
-    o_ = S::TileQ::lane_accumulator(q, lane);
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       shift_[row] = -INFINITY;
@@ -125,7 +109,13 @@ class ForwardWarp {
     float sums[2 * S::kTilesM];
     float all = 0.0f;  // infinite or NaN where a row's sum is
 #pragma unroll
-    for (int row = 0; row < 2 * S::kTilesM; ++row) all += sums[row] = exponentiate_row(row, scale);
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int row = 2 * m; row < 2 * m + 2; ++row) {
+        all += sums[row] = exponentiate_row(row, scale);
+      }
+      pack_scores(m);
+    }
     if (!__all_sync(~0u, all <= kLargest)) return false;
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) sum_[row] += sums[row];
@@ -182,14 +172,23 @@ class ForwardWarp {
     }
   }
 
-  // output += scores v
+  // The scores of 16 rows as operands of multiply_v: 16-bit ones take half of the registers.
+  __device__ __forceinline__ void pack_scores(int m) {
+    if constexpr (kPacks) {
+#pragma unroll
+      for (int step = 0; step < kStepsV; ++step) read_scores(packed_[step][m], step, m);
+    }
+  }
+
+  // output += packed scores v
   __device__ __forceinline__ void multiply_v() {
 #pragma unroll
-    for (int step = 0; step < S::kBlockN / kDepth<T>; ++step) {
-      FragmentA<T> p[S::kTilesM];
+    for (int step = 0; step < kStepsV; ++step) {
+      FragmentA<T> fresh[S::kTilesM];
+      FragmentA<T>(&p)[S::kTilesM] = kPacks ? packed_[kPacks ? step : 0] : fresh;
+      if constexpr (!kPacks) {
 #pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
-        to_fragment_a<T>(p[m], &scores_[m][step * kDepth<T> / 8]);
+        for (int m = 0; m < S::kTilesM; ++m) read_scores(fresh[m], step, m);
       }
 #pragma unroll
       for (int d = 0; d < S::kTilesD; d += 2) {
@@ -225,16 +224,20 @@ class ForwardWarp {
     }
   }
 
-  // The output to the warp's rows of the tile of q.
-  __device__ __forceinline__ void stage_output() const {
+  // The output to the warp's rows of a tile, which begin at q.
+  __device__ __forceinline__ void stage_output(uint32_t q, int lane) const {
+    const uint32_t to = S::TileQ::lane_accumulator(q, lane);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-      for (int d = 0; d < S::kTilesD; ++d) S::TileQ::store(o_, 16 * m, d, output_[m][d]);
+      for (int d = 0; d < S::kTilesD; ++d) S::TileQ::store(to, 16 * m, d, output_[m][d]);
     }
   }
 
  private:
+  static constexpr bool kPacks = sizeof(T) == 2;
+  static constexpr int kStepsV = S::kBlockN / kDepth<T>;
+
   template <int kM, int kN>
   static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
 #pragma unroll
@@ -249,6 +252,10 @@ class ForwardWarp {
 
   __device__ __forceinline__ void read_q(FragmentA<T>& q, int step, int m) const {
     S::TileQ::load_a(q, q_, step, 16 * m);
+  }
+
+  __device__ __forceinline__ void read_scores(FragmentA<T>& p, int step, int m) const {
+    to_fragment_a<T>(p, &scores_[m][step * kDepth<T> / 8]);
   }
 
   __device__ __forceinline__ float exponentiate_row(int row, float scale) {
@@ -276,7 +283,8 @@ class ForwardWarp {
     return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   }
 
-  uint32_t q_, k_, v_, o_;  // this lane's addresses in the tiles
+  uint32_t q_, k_, v_;  // this lane's addresses in the tiles
+  FragmentA<T> packed_[kPacks ? kStepsV : 1][S::kTilesM];
   FragmentA<T> kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
   Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];
   float shift_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // in powers of 2; of the lane's own columns

@@ -9,8 +9,8 @@ FL_DECLARE_CPU_KERNEL(void, attention_backward, const ::fl::AttentionBackward&)
 
 namespace fl {
 
-// Present where the CUDA sources are compiled in: test the address before calling. float16 and,
-// from sm_80 on, bfloat16.
+// Present where the CUDA sources are compiled in: test the address before calling. bfloat16 from
+// sm_80 on.
 __attribute__((weak)) void cuda_attention_forward(const AttentionForward& p, void* stream);
 
 // `scratch`: as many bytes as cuda_attention_backward_scratch says, not initialised.

@@ -195,7 +195,8 @@ struct SharedTile {
 
 // Rows of a matrix in global memory, on their way into one shared tile after the other: what one of
 // kThreads threads copies. It has one chunk of a panel and every kStep-th row; where it puts them
-// differs by constants. kDirection is 1, or -1 where the tiles are wanted from the last to the first.
+// differs by constants. kDirection is 1, or -1 where the tiles are wanted from the last to the
+// first.
 template <class Tile, int kThreads, class T, int kDirection = 1>
 class TileCopy {
   static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;
@@ -213,9 +214,9 @@ class TileCopy {
     to_ = tile + Tile::at(thread_row_, chunk_);
     at_ = data + (row + thread_row_) * stride + kChunk * chunk_;
     aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
-    const int64_t bytes = kStep * stride * static_cast<int64_t>(sizeof(T));
-    step_ = static_cast<int32_t>(bytes);
-    const bool near = bytes * kSteps == static_cast<int32_t>(bytes * kSteps);
+    step_ = static_cast<int32_t>(kStep * stride * sizeof(T));
+    const bool near =
+        static_cast<uint64_t>(stride) < 1 << 20;  // a tile's rows span 2^31 bytes at most
     whole_rows_ = aligned_ && near && columns == Tile::kColumns ? rows : 0;
   }
 

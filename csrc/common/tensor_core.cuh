@@ -130,10 +130,11 @@ __device__ __forceinline__ void mma(Accumulator& d, const FragmentA<T>& a, const
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float sum = c.r[i];
+      // Sums of eight, then of those: one chain of 256 would round more often than the rule allows.
+      float sum = a.r[i / 2][0] * b.r[i % 2][0];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) sum = fmaf(a.r[i / 2][k], b.r[i % 2][k], sum);
-      d.r[i] = sum;
+      for (int k = 1; k < 8; ++k) sum = fmaf(a.r[i / 2][k], b.r[i % 2][k], sum);
+      d.r[i] = c.r[i] + sum;
     }
 #else
     if constexpr (std::is_same_v<T, Tf32>) {

@@ -441,8 +441,10 @@ def _head_dim_reason(facts):
 
 
 def _cuda_reason(facts):
-    if facts["dtype"] not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
+    if facts["dtype"] not in _KERNEL_DTYPES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    if facts["needs_gradient"] and facts["dtype"] == torch.float32:
+        return "the CUDA backward takes float16 and bfloat16, not torch.float32"
     reason = _head_dim_reason(facts) or backends.cuda_reason(facts)
     if reason is None and facts["dtype"] == torch.bfloat16:
         capability = backends.cuda_capability()

@@ -27,7 +27,7 @@ template <class T>
 __device__ void rows(uint32_t x, uint32_t y, Accumulator (&d)[2][4], int lane) {
   using In = typename Tiles<T>::In;
   const uint32_t lane_x = In::lane_a(x, lane), lane_y = In::lane_b(y, lane);
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < 64 / kDepth<T>; ++step) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -50,7 +50,7 @@ __device__ void across(uint32_t x, uint32_t y, Accumulator (&d)[4][8], int lane)
   using In = typename Tiles<T>::In;
   const uint32_t lane_x = In::template lane_a_transposed<kOrder>(x, lane);
   const uint32_t lane_y = In::template lane_b_transposed<kOrder>(y, lane);
-#pragma unroll
+#pragma unroll 1
   for (int row = 0; row < 32; row += kDepth<T>) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {

@@ -1,0 +1,5 @@
+#include "attention/cuda_forward_kernel.cuh"
+
+namespace fl {
+template void forward_of<float>(const AttentionForward& p, int major, cudaStream_t stream);
+}
