@@ -21,7 +21,8 @@ class BackwardWarp {
   __device__ __forceinline__ BackwardWarp(const BackwardShared<S>& shared, int warp, int lane,
                                           int column)
       : shared_(shared), lane_(lane) {
-    q_ = queries_lane(lane) + column / S::kPanel * S::TileQ::kPanelBytes;
+    q_ = S::TileQ::template lane_b_transposed<Order::kPaired>(shared.k, lane) +
+         column / S::kPanel * S::TileQ::kPanelBytes;
     clear(dk);
     clear(dv);
   }
@@ -36,43 +37,24 @@ class BackwardWarp {
   }
 
   // dq += ds k of queries from row m0 of the sequence and `row` of the scratch memory on, to global
-  // memory: kStepM queries and kColumnsQ columns each warp. j0: the block's first key.
+  // memory. j0: the block's first key; column: as above.
   __device__ __forceinline__ void add_dq(const BackwardScratch& scratch, const Sequence& sequence,
                                          int64_t row, int m0, int j0, int column,
                                          int head_dim) const {
-    const int thread = afresh(static_cast<int>(threadIdx.x)), warp = thread / 32;
+    const int warp = afresh(static_cast<int>(threadIdx.x)) / 32;
     const int first = warp / S::kWarpsD * S::kStepM, i0 = m0 + first;
     if (i0 >= sequence.seqlen_q) return;
-    column += warp % S::kWarpsD * S::kColumnsQ;
-    const int columns = head_dim - column;
     const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
     // Whether the keys of warp w have stored ds of these queries.
     const auto stored = [&](int w) {
       return !keys.none(j0 + w * S::kWarpKeys, j0 + (w + 1) * S::kWarpKeys);
     };
-    const uint32_t ds_lane = S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, thread % 32),
-                                              0, first * kSize / 16);
-    const uint32_t k_lane = S::TileKv::moved(S::TileKv::lane_b_transposed(shared_.k, thread % 32),
-                                             0, column * kSize / 16);
-    Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
-    clear(dq);
-    if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
-      multiply_ds(dq, ds_lane, k_lane, columns, [](int) { return true; });
-    } else {
-      multiply_ds(dq, ds_lane, k_lane, columns, stored);
-    }
-    const int cells = (S::kGeneral ? scratch.columns : S::kDim) / 8;  // in 16 rows
-    float* to = scratch.dq + ((row + first) / 16 * cells + column / 8) * 128 + thread % 32;
-#pragma unroll
-    for (int m = 0; m < S::kStepM / 16; ++m) {
-#pragma unroll
-      for (int d = 0; d < S::kColumnsQ / 8; ++d) {
-        if (S::kGeneral && 8 * d >= columns) break;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          atomicAdd(to + (m * cells + d) * 128 + e * 32, dq[m][d].r[e]);
-        }
-      }
+    constexpr int kWidth = S::kWarpsD * S::kColumnsQ;
+#pragma unroll 1
+    for (int pass = 0; pass < S::kColumns / kWidth; ++pass) {
+      const int to = column + pass * kWidth + warp % S::kWarpsD * S::kColumnsQ;
+      if (S::kGeneral && to >= head_dim) break;
+      add_columns(scratch, row + first, first, to, head_dim - to, stored);
     }
   }
 
@@ -97,10 +79,6 @@ class BackwardWarp {
  private:
   static constexpr int kSize = sizeof(T);
 
-  static __device__ __forceinline__ uint32_t queries_lane(int lane) {
-    return S::TileQ::template lane_b_transposed<Order::kPaired>(0, lane);
-  }
-
   template <int kM, int kN>
   static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
 #pragma unroll
@@ -123,6 +101,37 @@ class BackwardWarp {
 #pragma unroll
       for (int n = 0; n < S::kTilesN; ++n) {
         S::TileDs::store(place, 16 * m, first / 8 + n, ds[m][n]);
+      }
+    }
+  }
+
+  // The same for the warp's kStepM queries from row `first` of the block on and kColumnsQ columns.
+  template <class F>
+  __device__ __forceinline__ void add_columns(const BackwardScratch& scratch, int64_t row,
+                                              int first, int column, int columns, F stored) const {
+    const int lane = afresh(static_cast<int>(threadIdx.x)) % 32;
+    const uint32_t ds_lane =
+        S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, lane), 0, first * kSize / 16);
+    const uint32_t k_lane =
+        S::TileKv::moved(S::TileKv::lane_b_transposed(shared_.k, lane), 0, column * kSize / 16);
+    Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
+    clear(dq);
+    if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
+      multiply_ds(dq, ds_lane, k_lane, columns, [](int) { return true; });
+    } else {
+      multiply_ds(dq, ds_lane, k_lane, columns, stored);
+    }
+    const int cells = (S::kGeneral ? scratch.columns : S::kDim) / 8;  // in 16 rows
+    float* to = scratch.dq + (row / 16 * cells + column / 8) * 128 + lane;
+#pragma unroll
+    for (int m = 0; m < S::kStepM / 16; ++m) {
+#pragma unroll
+      for (int d = 0; d < S::kColumnsQ / 8; ++d) {
+        if (S::kGeneral && 8 * d >= columns) break;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          atomicAdd(to + (m * cells + d) * 128 + e * 32, dq[m][d].r[e]);
+        }
       }
     }
   }
@@ -157,7 +166,7 @@ class BackwardWarp {
   __device__ __forceinline__ void add_product(Accumulator (&x)[S::kTilesM][S::kTilesD],
                                               const Accumulator (&a)[S::kTilesM][S::kTilesN],
                                               uint32_t b_tile, int first, int columns) {
-    const uint32_t b_lane = afresh(q_) + b_tile + first * S::TileQ::kRowBytes;
+    const LanePlace<S, typename S::TileQ> queries(shared_, q_, b_tile, first);
 #pragma unroll
     for (int step = 0; step < S::kStepM / kDepth<T>; ++step) {
       FragmentA<T> operand[S::kTilesM];
@@ -169,7 +178,8 @@ class BackwardWarp {
       for (int d = 0; d < S::kTilesD; d += 2) {
         if (S::kGeneral && 8 * d >= columns) break;
         FragmentB<T> b[2];
-        S::TileQ::template load_b_transposed<Order::kPaired>(b, b_lane, d / 2, kDepth<T> * step);
+        S::TileQ::template load_b_transposed<Order::kPaired>(b, queries.address, d / 2,
+                                                             queries.row + kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
           mma<T>(x[m][d], operand[m], b[0], x[m][d]);

@@ -138,20 +138,17 @@ __device__ __forceinline__ void take_place(const BackwardScratch& scratch, bool 
   place[2] = z;
 }
 
-// Grid: (key blocks times column blocks, key heads, batch).
-template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kThreads)
-    attention_backward_kernel(const __grid_constant__ AttentionBackward p,
-                              const __grid_constant__ BackwardScratch scratch) {
-  using S = BackwardShape<T, kDim, kGeneral, kOldGpu>;
-  if constexpr (!kHasMma<T>) return;
+template <class S>
+__device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
+                                                    const BackwardScratch& scratch) {
+  using T = typename S::T;
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ int place[3];  // read again at the end
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) take_place(scratch, f.deterministic, place);
   __syncthreads();
-  constexpr int kSplits = kDim / S::kColumns;
+  constexpr int kSplits = S::kDim / S::kColumns;
   const int split = place[0] % kSplits, column = split * S::kColumns, b = place[2];
   const Sequence sequence(f, b);
   const int j0 = place[0] / kSplits * S::kBlockN, warp_j0 = j0 + warp * S::kWarpKeys;
@@ -180,13 +177,13 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kTh
     wait_for_copies<0>();
     __syncthreads();  // q, dout and row data are here; ds has been used by all
     if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
-#pragma unroll(kGeneral ? 1 : S::kWarpsM)
+#pragma unroll(S::kGeneral ? 1 : S::kWarpsM)
     for (int first = 0; first < S::kBlockM; first += S::kStepM) {
       const TilePlace at{b, h, m0 + first, warp_j0};
       const VisibleKeys keys(sequence, at.i0, at.i0 + S::kStepM);
       if (at.i0 >= sequence.seqlen_q || keys.none(warp_j0, warp_j0 + S::kWarpKeys)) continue;
       tile.multiply(first, head_dim, head_dim_v);
-      if constexpr (kGeneral) {
+      if constexpr (S::kGeneral) {
         const ScoreRules rules(f, b, h, sequence.diagonal);
         tile.differentiate(f, sequence, rules, dropout, at, first,
                            [&](float probability, float kept, float dp, float minus_delta,
@@ -233,6 +230,15 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kTh
                 warp_j0, there.seqlen_k, head_dim - column, shared.k + warp_row, lane);
   store_rows<S>(head_of<T>(p.dv, place[2], place[1], there.first_k) + column, p.dv.stride_s,
                 warp_j0, there.seqlen_k, head_dim_v - column, shared.v + warp_row, lane);
+}
+
+// Grid: (key blocks times column blocks, key heads, batch).
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kThreads)
+    attention_backward_kernel(const __grid_constant__ AttentionBackward p,
+                              const __grid_constant__ BackwardScratch scratch) {
+  using S = BackwardShape<T, kDim, kGeneral, kOldGpu>;
+  if constexpr (kHasMma<T>) differentiate_block<S>(p, scratch);
 }
 
 }  // namespace fl

@@ -28,12 +28,12 @@ struct BackwardShape {
   static constexpr int kWarps = kDim > 128 && kOld_ ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = 16 * kTilesM, kBlockN = kWarps * kWarpKeys;
   static constexpr int kBlockM = kDim > 128 ? 16 : kOld_ ? 32 : 64;
-  static constexpr int kStepM = kDim == 128 && !kGeneral ? kBlockM : kBlockM < 32 ? 16 : 32;
+  static constexpr int kStepM = kBlockM < 32 ? 16 : 32;
   static constexpr int kTilesN = kStepM / 8, kTilesD = kColumns / 8;
 
-  // dq of a block: kStepM queries and kColumnsQ columns each warp.
+  // dq of a block: kStepM queries and kColumnsQ columns each warp at a time.
   static constexpr int kWarpsM = kBlockM / kStepM, kWarpsD = kWarps / kWarpsM;
-  static constexpr int kColumnsQ = kColumns / kWarpsD;
+  static constexpr int kColumnsQ = kColumns / kWarpsD < 32 ? kColumns / kWarpsD : 32;
 
   using TileQ = SharedTile<T, kBlockM, kDim>;
   using TileKv = SharedTile<T, kBlockN, kDim>;

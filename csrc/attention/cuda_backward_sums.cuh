@@ -13,12 +13,10 @@ constexpr float kCoarse = 1024.0f;  // from here on neighbouring float32 numbers
 // One block per (batch, query head, kBlockM rows). Only where dmask is wanted, whose sums over
 // whole rows would show the rounding of o, and where lse is coarse: where a mask of the most
 // negative numbers hides a whole row it keeps nothing of the scores.
-template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
-    attention_row_sums_kernel(const __grid_constant__ AttentionBackward p,
-                              const __grid_constant__ BackwardScratch scratch) {
-  using S = BackwardShape<T, kDim, true, kOldGpu>;
-  if constexpr (!kHasMma<T>) return;
+template <class S>
+__device__ __forceinline__ void sum_rows(const AttentionBackward& p,
+                                         const BackwardScratch& scratch) {
+  using T = typename S::T;
   extern __shared__ __align__(128) uint8_t memory[];
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -137,12 +135,10 @@ __device__ __forceinline__ void store_mask_gradient(
 
 // One block per tile of the mask's own shape; it goes through all that the mask is broadcast over.
 // Grid: (query tiles times key tiles, heads, batch), each 1 along broadcast dimensions.
-template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
-    attention_mask_gradient_kernel(const __grid_constant__ AttentionBackward p,
-                                   const __grid_constant__ BackwardScratch scratch) {
-  using S = BackwardShape<T, kDim, true, kOldGpu>;
-  if constexpr (!kHasMma<T>) return;
+template <class S>
+__device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
+                                                   const BackwardScratch& scratch) {
+  using T = typename S::T;
   extern __shared__ __align__(128) uint8_t memory[];
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -200,6 +196,22 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
   wait_for_copies<0>();
   __syncthreads();
   store_mask_gradient<S>(p, reinterpret_cast<float*>(memory), sums, m_begin, j_begin);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
+    attention_row_sums_kernel(const __grid_constant__ AttentionBackward p,
+                              const __grid_constant__ BackwardScratch scratch) {
+  using S = BackwardShape<T, kDim, true, kOldGpu>;
+  if constexpr (kHasMma<T>) sum_rows<S>(p, scratch);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
+    attention_mask_gradient_kernel(const __grid_constant__ AttentionBackward p,
+                                   const __grid_constant__ BackwardScratch scratch) {
+  using S = BackwardShape<T, kDim, true, kOldGpu>;
+  if constexpr (kHasMma<T>) differentiate_mask<S>(p, scratch);
 }
 
 // dsink = sum_i p_sink[i] (dlse[i] - do[i] . o[i]), p_sink = exp(sink - lse). One block per head.

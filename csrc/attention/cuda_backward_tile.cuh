@@ -69,6 +69,25 @@ struct TilePlace {
   int b, h, i0, j0;
 };
 
+// Where a lane reads in a tile of queries or keys: an address that is not kept over the loop, and a
+// number of rows from there, which is known when compiled, but in general. lane_address: in the
+// block's first tile.
+template <class S, class Tile>
+struct LanePlace {
+  uint32_t address;
+  int row;
+
+  __device__ __forceinline__ LanePlace(const BackwardShared<S>& shared, uint32_t lane_address,
+                                       uint32_t tile, int first) {
+    address = afresh(lane_address);
+    row = static_cast<int>(tile - shared.k) / Tile::kRowBytes + first;
+    if constexpr (S::kGeneral) {
+      address += row * Tile::kRowBytes;
+      row = 0;
+    }
+  }
+};
+
 template <class S>
 class GradientTile {
   using T = typename S::T;
@@ -76,8 +95,8 @@ class GradientTile {
  public:
   __device__ __forceinline__ GradientTile(const BackwardShared<S>& shared, int warp, int lane)
       : shared_(shared),
-        a_(S::TileKv::lane_a(warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
-        b_(S::TileQ::lane_b(0, lane)),
+        a_(S::TileKv::lane_a(shared.k + warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
+        b_(S::TileQ::lane_b(shared.k, lane)),
         lane_(lane) {}
 
   // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
@@ -185,18 +204,20 @@ class GradientTile {
   __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
                                           uint32_t b_tile, int first, int dim) {
     const int steps = S::kGeneral ? (dim + kDepth<T> - 1) / kDepth<T> : S::kDim / kDepth<T>;
-    const uint32_t a_lane = afresh(a_) + a_tile, row = row_data(first);
-    const uint32_t b_lane = afresh(b_) + b_tile + first * S::TileQ::kRowBytes;
+    const LanePlace<S, typename S::TileKv> keys(shared_, a_, a_tile, 0);
+    const LanePlace<S, typename S::TileQ> queries(shared_, b_, b_tile, first);
+    const uint32_t row = row_data(first);
     if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
 #pragma unroll(S::kGeneral ? 1 : S::kDim / kDepth<T>)
     for (int step = 0; step < steps; ++step) {
       FragmentA<T> a[S::kTilesM];
 #pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) S::TileKv::load_a(a[m], a_lane, step, 16 * m);
+      for (int m = 0; m < S::kTilesM; ++m)
+        S::TileKv::load_a(a[m], keys.address, step, keys.row + 16 * m);
 #pragma unroll
       for (int n = 0; n < S::kTilesN; n += 2) {
         FragmentB<T> b[2];
-        S::TileQ::load_b(b, b_lane, step, 8 * n);
+        S::TileQ::load_b(b, queries.address, step, queries.row + 8 * n);
         const bool begins = !S::kGeneral && step == 0;
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
