@@ -125,18 +125,6 @@ def test_packed_sequences(dtype):
         check_forward(run, *tensors, str(more), **more)
 
 
-@on_dtypes
-def test_decoding(dtype):
-    query, key, value = qkv(dtype, heads_q=8, heads_k=2, seqlen_q=3, seqlen_k=200, head_dim=64)
-    for lengths in ([200, 1], [3, 77], [0, 64]):
-        cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
-
-        def run(query, key, value, cache_seqlens=cache_seqlens, **options):
-            return ops.decode_attention(query, key, value, cache_seqlens, enable_gqa=True, **options)
-
-        check_forward(run, query, key, value, f"{lengths} keys")
-
-
 def test_what_it_cannot_serve():
     query, key, value = qkv(torch.float32)
     with pytest.raises(backends.BackendError, match=r"take float16 and bfloat16, not torch\.float32"):

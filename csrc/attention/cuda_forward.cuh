@@ -235,7 +235,7 @@ class ForwardWarp {
     }
   }
 
- private:
+ protected:
   template <int kM, int kN>
   static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
 #pragma unroll

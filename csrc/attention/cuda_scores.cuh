@@ -20,7 +20,7 @@ struct Sequence {
     first_k = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
     seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - first_q : p.seqlen_q);
     seqlen_k = static_cast<int>(p.cu_seqlens_k    ? p.cu_seqlens_k[b + 1] - first_k
-                                : p.cache_seqlens ? p.cache_seqlens[b]
+                                : p.cache_seqlens ? min(int64_t{p.cache_seqlens[b]}, p.seqlen_k)
                                                   : p.seqlen_k);
     diagonal = p.bottom_right ? seqlen_k - seqlen_q : 0;
     const int right = static_cast<int>(p.window_right), left = static_cast<int>(p.window_left);
@@ -50,7 +50,16 @@ struct VisibleKeys {
   }
 };
 
-// Softcap, ALiBi and masks of one query head: a score in natural units from q . k.
+// Softcap and ALiBi: a score in natural units from q . k; distance is i + diagonal - j.
+__device__ __forceinline__ float shaped_score(const AttentionForward& p, float dot, float slope,
+                                              int distance) {
+  float x = dot * p.softmax_scale;
+  if (p.softcap > 0.0f) x = p.softcap * tanhf(x / p.softcap);
+  if (p.alibi_slopes) x -= slope * fabsf(static_cast<float>(distance));
+  return x;
+}
+
+// These and the masks of one query head.
 class ScoreRules {
  public:
   __device__ __forceinline__ ScoreRules(const AttentionForward& p, int b, int h, int diagonal)
@@ -60,9 +69,7 @@ class ScoreRules {
   }
 
   __device__ __forceinline__ float operator()(float dot, int i, int j) const {
-    float x = dot * p_.softmax_scale;
-    if (p_.softcap > 0.0f) x = p_.softcap * tanhf(x / p_.softcap);
-    if (p_.alibi_slopes) x -= slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
+    float x = shaped_score(p_, dot, slope_, i + diagonal_ - j);
     if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
     return x;
   }

@@ -1,0 +1,250 @@
+// Attention of few queries over long caches on tensor cores, the keys split over blocks.
+//
+// The query heads of a group and the query tokens are the rows of one matrix, token by token: row r
+// of KV head h is token r / group of query head h * group + r % group. A block has up to 64 rows of
+// one (sequence, KV head), 16 per warp, and one part of the keys that they see, so that keys and
+// values are read once for 64 rows. Four warps share 16, 32 or 64 rows; those with the same rows
+// take different keys of each tile and add up what they have found at the end.
+//
+// Parts are cut on the device, equal for each sequence whatever its length; their number is the
+// host's, who knows the capacity alone. With several parts, outputs before their division, maxima
+// and sums go to scratch memory, and a second kernel adds them up in order.
+#pragma once
+
+#include "attention/cuda_forward.cuh"
+
+namespace fl {
+
+constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kDecodeRows = 16 * kDecodeWarps;  // of a block
+constexpr int kKeyUnit = 64;                    // parts of the keys are multiples of it
+
+// What ForwardWarp is told: a warp works on 16 rows and 16 keys at once.
+template <class T_, int kDim_>
+struct DecodeShape {
+  using T = T_;
+  static constexpr int kDim = kDim_, kBlockN = 16, kTilesM = 1;
+  static constexpr bool kGeneral = true, kKeepsQ = kDim <= 128;
+  static constexpr int kWarpRows = 16, kTilesN = 2, kTilesD = kDim / 8, kSteps = kDim / 16;
+
+  static constexpr int kKeys = kDim <= 128 ? 64 : 32, kSlices = kKeys / 16;  // of a tile
+  using TileQ = SharedTile<16, kDim>;
+  using TileKv = SharedTile<kKeys, kDim>;
+  static constexpr int kStageBytes = 2 * TileKv::kBytes;  // keys and values
+
+  // Tiles in shared memory at once. The last but one of them may be on their way while one is used;
+  // where copies are not asynchronous and there are 64 KB, one has to do.
+  static constexpr __host__ __device__ int stages(bool asynchronous) {
+    return kDim <= 64 ? 3 : asynchronous ? 2 : 1;
+  }
+  // Warps that share each 16 of `tiles` times 16 rows.
+  static constexpr __host__ __device__ int key_warps(int tiles) {
+    const int warps = tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
+    return warps < kSlices ? warps : kSlices;
+  }
+  // The tiles and q; at the end the outputs of all warps as float32.
+  static constexpr int shared_bytes(int tiles, bool asynchronous) {
+    const int loop = stages(asynchronous) * kStageBytes + tiles * TileQ::kBytes;
+    const int end = tiles * key_warps(tiles) * 16 * kDim * 4;
+    return loop > end ? loop : end;
+  }
+};
+
+// Which keys [begin, end) of those that the tokens [i0, i1) see belong to one part of `parts`.
+struct KeyPart {
+  int begin, end;
+
+  __device__ __forceinline__ KeyPart(const Sequence& sequence, int i0, int i1, int part,
+                                     int parts) {
+    const int first = sequence.begin(i0), last = sequence.end(i1 - 1);
+    const int units = (max(last - first, 0) + kKeyUnit - 1) / kKeyUnit;
+    const int keys = (units + parts - 1) / parts * kKeyUnit;
+    begin = min(first + part * keys, last);
+    end = min(begin + keys, last);
+  }
+  __device__ __forceinline__ bool empty() const { return begin >= end; }
+};
+
+// Where the keys lie that one thread copies of each tile: kCount of them, kStep rows apart. The
+// page table is looked up once for a key and its value, one tile before it is needed.
+template <int kCount, int kStep>
+struct KeyPlaces {
+  int page[kCount], row[kCount];  // row -1: behind the end
+
+  __device__ __forceinline__ KeyPlaces(const AttentionForward& p, int b, const KeyPart& part,
+                                       int thread_row)
+      : key_(part.begin + thread_row), end_(part.end), size_(kFar), own_(b) {
+    if (p.page_table) {
+      table_ = p.page_table + b * p.page_table_stride;
+      size_ = static_cast<int>(p.page_size);
+    }
+    index_ = key_ / size_;
+    next_row_ = key_ % size_;
+    step_pages_ = kStep / size_;
+    step_rows_ = kStep % size_;
+  }
+
+  // Those of the next tile.
+  __device__ __forceinline__ void next() {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const bool inside = key_ < end_;
+      page[c] = own_;
+      if (table_ && inside) page[c] = table_[index_];
+      row[c] = inside ? next_row_ : -1;
+      key_ += kStep;
+      index_ += step_pages_;
+      next_row_ += step_rows_;
+      if (next_row_ >= size_) {
+        next_row_ -= size_;
+        ++index_;
+      }
+    }
+  }
+
+ private:
+  const int32_t* table_ = nullptr;
+  int key_, end_, size_, own_, index_, next_row_, step_pages_, step_rows_;
+};
+
+// `count` of eight numbers and zeros: by an asynchronous copy, or one by one.
+template <class T>
+__device__ __forceinline__ void copy_eight(uint32_t to, const T* from, int count, bool aligned) {
+#if __CUDA_ARCH__ < 800
+  aligned = aligned && (count == 8 || count == 0);
+#endif
+  if (aligned) return copy_async(to, from, 2 * count);
+  T values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : T(0.0f);
+  const uint4 bits = *reinterpret_cast<const uint4*>(values);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w));
+}
+
+// One thread's share of the tiles of keys, or of values, of a KV head.
+template <class Tile, class T>
+class CacheCopy {
+  static constexpr int kPanels = Tile::kColumns / Tile::kPanel;
+
+ public:
+  static constexpr int kStep = kDecodeThreads / Tile::kChunks, kCount = Tile::kRows / kStep;
+  static_assert(kStep % 8 == 0);
+  using Places = KeyPlaces<kCount, kStep>;
+
+  __device__ __forceinline__ CacheCopy(const TensorView4& x, int64_t head, int64_t columns,
+                                       int thread)
+      : page_stride_(x.stride_b), row_stride_(x.stride_s) {
+    const int chunk = thread % Tile::kChunks;
+    from_ = static_cast<const T*>(x.data) + head * x.stride_h + 8 * chunk;
+    to_ = Tile::at(thread / Tile::kChunks, chunk);
+    left_ = static_cast<int>(columns) - 8 * chunk;
+    const auto strides = (x.stride_b | x.stride_h | x.stride_s) * static_cast<int64_t>(sizeof(T));
+    aligned_ = (reinterpret_cast<uintptr_t>(x.data) | strides) % 16 == 0;
+  }
+
+  __device__ __forceinline__ void operator()(uint32_t tile, const Places& places) const {
+    const bool whole = aligned_ && left_ >= (kPanels - 1) * Tile::kPanel + 8;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const T* from = from_ + places.page[c] * page_stride_ + places.row[c] * row_stride_;
+      const uint32_t to = tile + to_ + c * kStep * Tile::kRowBytes;
+      const bool inside = places.row[c] >= 0;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        if (whole) {
+          copy_async(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, inside ? 16 : 0);
+        } else {
+          const int count = inside ? min(max(left_ - panel * Tile::kPanel, 0), 8) : 0;
+          copy_eight(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, count, aligned_);
+        }
+      }
+    }
+  }
+
+ private:
+  const T* from_;
+  int64_t page_stride_, row_stride_;
+  uint32_t to_;
+  int left_;  // columns from this thread's first one on
+  bool aligned_;
+};
+
+// The keys that one row of a lane sees, and its slope.
+struct DecodeRow {
+  int i, begin, end;
+  float slope;
+};
+
+// 16 rows of a block and one of the warps that they have.
+template <class S>
+class DecodeWarp : public ForwardWarp<S> {
+ public:
+  __device__ __forceinline__ DecodeWarp(uint32_t q, uint32_t tile, int lane)
+      : ForwardWarp<S>(q, tile, tile + S::TileKv::kBytes, lane) {
+    k_lane_ = this->k_;
+    v_lane_ = this->v_;
+  }
+
+  // Works on keys 16 `slice` ... of the tile `offset` bytes behind the first.
+  __device__ __forceinline__ void aim(int offset, int slice) {
+    this->k_ = k_lane_ + offset + slice * 16 * S::TileKv::kRowBytes;
+    this->v_ = v_lane_ + offset + slice * 16 * S::TileKv::kRowBytes;
+  }
+
+  // Maximum (as a power of 2) and sum of rows lane / 4 and lane / 4 + 8.
+  __device__ __forceinline__ float2 statistics(int row) const {
+    float sum = this->sum_[row];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    return make_float2(this->shift_[row], sum);
+  }
+
+  // The output times a factor per row to 16 x kDim floats of shared memory, as `at` says.
+  __device__ __forceinline__ void stage(uint32_t to, const float (&factor)[2], int lane) const {
+#pragma unroll
+    for (int d = 0; d < S::kTilesD; ++d) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float* x = this->output_[0][d].r + 2 * r;
+        const uint32_t place = to + at(8 * r + lane / 4, 2 * d + lane % 4 / 2) + lane % 2 * 8;
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(place), "f"(x[0] * factor[r]),
+                     "f"(x[1] * factor[r]));
+      }
+    }
+  }
+
+  // Bytes to four columns of a row. Chunks are XORed with the row: stores of accumulators and
+  // 16-byte loads are free of bank conflicts.
+  static __device__ __forceinline__ uint32_t at(int row, int chunk) {
+    return row * S::kDim * 4 + (chunk ^ (row & 3) * 2) * 16;
+  }
+
+ private:
+  uint32_t k_lane_, v_lane_;
+};
+
+// Four numbers of an output row, of which `count` exist.
+template <class T>
+__device__ __forceinline__ void store_four(T* to, const float (&x)[4], int count, bool aligned) {
+  if (aligned && count >= 4) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (e < count) to[e] = T(x[e]);
+    }
+  }
+}
+
+// What is left of a row's terms when those of the keys and of the sink are together: `factor` of
+// the output and the lse. top: a power of 2; sink in natural units, -inf: none.
+__device__ __forceinline__ float finish_row(float top, float sum, float sink, float* lse) {
+  const float all = fmaxf(top, sink * kLog2e);
+  const float shrink = top == -INFINITY ? 0.0f : exp2f(top - all);
+  if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - all);
+  *lse = sum == 0.0f ? -INFINITY : (all + log2f(sum)) * kLn2;
+  return sum > 0.0f ? shrink / sum : sum == 0.0f ? 0.0f : sum;
+}
+
+}  // namespace fl
