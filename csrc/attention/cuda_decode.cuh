@@ -50,6 +50,32 @@ struct DecodeShape {
   }
 };
 
+// How the work is split. With one part there is no scratch memory and nothing to add up.
+struct DecodePlan {
+  int rows, row_blocks, tiles;  // rows: of a KV head; tiles: of 16 rows, in a block
+  int parts;                    // of the keys
+  int padded_v;                 // columns of an output row in scratch memory
+  bool general;                 // softcap, ALiBi, or a scale that turns the order of scores around
+  float* scratch;
+  // Key j is in page j * page_factor >> page_shift of its sequence; without pages the cache of a
+  // sequence is one page of kFar keys.
+  int page_size, page_shift;
+  uint32_t page_factor;
+
+  __device__ __forceinline__ int page_of(int key) const {
+    return static_cast<int>(static_cast<uint64_t>(key) * page_factor >> page_shift);
+  }
+  // Output before its division, (parts, B, Hk, rows, padded_v); then maximum and sum of each row.
+  __device__ __forceinline__ int64_t row_at(const AttentionForward& p, int part, int b, int head,
+                                            int row) const {
+    return ((part * p.batch + b) * p.heads_k + head) * rows + row;
+  }
+  __device__ __forceinline__ float2* statistics(const AttentionForward& p) const {
+    const int64_t outputs = parts * p.batch * p.heads_k * rows * padded_v;
+    return reinterpret_cast<float2*>(scratch + outputs);
+  }
+};
+
 // Which keys [begin, end) of those that the tokens [i0, i1) see belong to one part of `parts`.
 struct KeyPart {
   int begin, end;
@@ -63,48 +89,6 @@ struct KeyPart {
     end = min(begin + keys, last);
   }
   __device__ __forceinline__ bool empty() const { return begin >= end; }
-};
-
-// Where the keys lie that one thread copies of each tile: kCount of them, kStep rows apart. The
-// page table is looked up once for a key and its value, one tile before it is needed.
-template <int kCount, int kStep>
-struct KeyPlaces {
-  int page[kCount], row[kCount];  // row -1: behind the end
-
-  __device__ __forceinline__ KeyPlaces(const AttentionForward& p, int b, const KeyPart& part,
-                                       int thread_row)
-      : key_(part.begin + thread_row), end_(part.end), size_(kFar), own_(b) {
-    if (p.page_table) {
-      table_ = p.page_table + b * p.page_table_stride;
-      size_ = static_cast<int>(p.page_size);
-    }
-    index_ = key_ / size_;
-    next_row_ = key_ % size_;
-    step_pages_ = kStep / size_;
-    step_rows_ = kStep % size_;
-  }
-
-  // Those of the next tile.
-  __device__ __forceinline__ void next() {
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      const bool inside = key_ < end_;
-      page[c] = own_;
-      if (table_ && inside) page[c] = table_[index_];
-      row[c] = inside ? next_row_ : -1;
-      key_ += kStep;
-      index_ += step_pages_;
-      next_row_ += step_rows_;
-      if (next_row_ >= size_) {
-        next_row_ -= size_;
-        ++index_;
-      }
-    }
-  }
-
- private:
-  const int32_t* table_ = nullptr;
-  int key_, end_, size_, own_, index_, next_row_, step_pages_, step_rows_;
 };
 
 // `count` of eight numbers and zeros: by an asynchronous copy, or one by one.
@@ -122,7 +106,7 @@ __device__ __forceinline__ void copy_eight(uint32_t to, const T* from, int count
                "r"(bits.z), "r"(bits.w));
 }
 
-// One thread's share of the tiles of keys, or of values, of a KV head.
+// One thread's share of the tiles of keys, or of values, of a KV head: kCount rows, kStep apart.
 template <class Tile, class T>
 class CacheCopy {
   static constexpr int kPanels = Tile::kColumns / Tile::kPanel;
@@ -130,7 +114,22 @@ class CacheCopy {
  public:
   static constexpr int kStep = kDecodeThreads / Tile::kChunks, kCount = Tile::kRows / kStep;
   static_assert(kStep % 8 == 0);
-  using Places = KeyPlaces<kCount, kStep>;
+  struct Pages {
+    int number[kCount];
+  };
+
+  // The pages of keys `key`, `key` + kStep, ... of sequence b, for keys and values: looked up one
+  // tile before they are needed.
+  static __device__ __forceinline__ void look_up(const AttentionForward& p, const DecodePlan& plan,
+                                                 int b, int key, int end, Pages& pages) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c, key += kStep) {
+      pages.number[c] = b;
+      if (p.page_table && key < end) {
+        pages.number[c] = p.page_table[b * p.page_table_stride + plan.page_of(key)];
+      }
+    }
+  }
 
   __device__ __forceinline__ CacheCopy(const TensorView4& x, int64_t head, int64_t columns,
                                        int thread)
@@ -143,14 +142,22 @@ class CacheCopy {
     aligned_ = (reinterpret_cast<uintptr_t>(x.data) | strides) % 16 == 0;
   }
 
-  __device__ __forceinline__ void operator()(uint32_t tile, const Places& places) const {
+  // Rows from key `end` on are zero.
+  __device__ __forceinline__ void operator()(uint32_t tile, const DecodePlan& plan,
+                                             const Pages& pages, int key, int end) const {
     const bool whole = aligned_ && left_ >= (kPanels - 1) * Tile::kPanel + 8;
+#if __CUDA_ARCH__ >= 800
+    constexpr int kUnroll = kPanels;
+#else
+    constexpr int kUnroll = 1;  // what is copied passes through registers, of which few are free
+#endif
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      const T* from = from_ + places.page[c] * page_stride_ + places.row[c] * row_stride_;
+    for (int c = 0; c < kCount; ++c, key += kStep) {
+      const int row = key - plan.page_of(key) * plan.page_size;
+      const T* from = from_ + pages.number[c] * page_stride_ + row * row_stride_;
       const uint32_t to = tile + to_ + c * kStep * Tile::kRowBytes;
-      const bool inside = places.row[c] >= 0;
-#pragma unroll
+      const bool inside = key < end;
+#pragma unroll kUnroll
       for (int panel = 0; panel < kPanels; ++panel) {
         if (whole) {
           copy_async(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, inside ? 16 : 0);
@@ -170,9 +177,9 @@ class CacheCopy {
   bool aligned_;
 };
 
-// The keys that one row of a lane sees, and its slope.
+// One row of a lane: its query token, and the ALiBi slope of its head.
 struct DecodeRow {
-  int i, begin, end;
+  int token;
   float slope;
 };
 
@@ -227,8 +234,10 @@ class DecodeWarp : public ForwardWarp<S> {
 // Four numbers of an output row, of which `count` exist.
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const float (&x)[4], int count, bool aligned) {
-  if (aligned && count >= 4) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+  if (aligned && count >= 4) {  // in one piece, which the compiler would not see to
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(pack<T>(x[0], x[1])),
+                 "r"(pack<T>(x[2], x[3]))
+                 : "memory");
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -246,5 +255,10 @@ __device__ __forceinline__ float finish_row(float top, float sum, float sink, fl
   *lse = sum == 0.0f ? -INFINITY : (all + log2f(sum)) * kLn2;
   return sum > 0.0f ? shrink / sum : sum == 0.0f ? 0.0f : sum;
 }
+
+// The kernels of one dtype, in order on the stream. `asynchronous`: whether the GPU has cp.async.
+template <class T>
+void launch_decode(const AttentionForward& p, const DecodePlan& plan, bool asynchronous,
+                   cudaStream_t stream);
 
 }  // namespace fl
