@@ -1,13 +1,16 @@
-"""Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch)."""
+"""Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch).
+
+cublas is a fifth for linear layers: torch's own product and one CUDA pass for bias and activation.
+"""
 
 import functools
 import os
 
 import torch
 
-from fastlayers import _native
+from fastlayers import _native, choices
 
-NAMES = ("cpu", "cuda", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "cublas", "reference")
 
 
 class BackendError(RuntimeError):
@@ -25,17 +28,23 @@ cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
 def operators(backend):
-    """The torch.ops namespace with the operators of the backend cpu or cuda."""
-    return cuda_operators if backend == "cuda" else torch.ops.fastlayers
+    """The torch.ops namespace with the operators of the backend cpu, cuda or cublas."""
+    return cuda_operators if backend in ("cuda", "cublas") else torch.ops.fastlayers
 
 
 def register(op, *, facts, **reasons):
     """Declare an op: how to get the facts of a call, and per backend a function from facts to a reason or None.
 
-    facts are a dict with at least device (a string such as "cpu") and dtype; order of `reasons` is preference.
+    facts are a dict with at least device (a string such as "cpu") and dtype, and, where fastlayers.choices has entries
+    for the op, sizes and needs_gradient; order of `reasons` is preference where there is no such entry.
     """
     _facts[op] = facts
     _reasons[op] = reasons
+
+
+def facts(op, *args, **kwargs):
+    """The facts of a call fastlayers.ops.<op>(*args, **kwargs) that decide who can serve it."""
+    return _facts[op](*args, **kwargs)
 
 
 def check_name(backend):
@@ -80,10 +89,23 @@ def choose(op, facts, backend=None):
         if reason:
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
         return wanted
+    choice = choice_for(op, facts)
+    for name in choice.backends if choice else ():
+        if why_not(op, name, facts) is None:
+            return name
     for name, reason in _reasons[op].items():
         if reason(facts) is None:
             return name
     return "reference"
+
+
+def choice_for(op, facts):
+    """The entry of the table of choices that a call on a GPU goes by, or None."""
+    sizes = facts.get("sizes")
+    if sizes is None or facts["device"] != cuda_device or any(type(size) is not int for size in sizes):
+        return None
+    dtype = str(facts["dtype"]).removeprefix("torch.")
+    return choices.find(op, cuda_capability(), dtype, facts["needs_gradient"], sizes)
 
 
 def why_not(op, backend, facts):
@@ -116,10 +138,12 @@ def explain(op, *args, **kwargs):
     if op not in _facts:
         raise ValueError(f"op {op!r} is not one of {', '.join(sorted(_facts))}")
     kwargs.pop("backend", None)
-    facts = _facts[op](*args, **kwargs)
-    answers = {name: why_not(op, name, facts) for name in NAMES}
-    chosen = choose(op, facts)
+    found = facts(op, *args, **kwargs)
+    answers = {name: why_not(op, name, found) for name in NAMES}
+    chosen = choose(op, found)
+    choice = choice_for(op, found)
+    because = f" ({choice.source})" if choice and chosen in choice.backends else ""
     for name, reason in answers.items():
-        verdict = "chosen" if name == chosen else "can serve" if reason is None else f"cannot serve: {reason}"
+        verdict = f"chosen{because}" if name == chosen else "can serve" if reason is None else f"cannot serve: {reason}"
         print(f"{op}: {name:<9} {verdict}")
     return answers

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 import fastlayers
-from fastlayers import _native
+from fastlayers import _native, backends
 from fastlayers.benchmarks import runner
+from fastlayers.benchmarks.tune import tune
+from fastlayers.choices import own_path
 from fastlayers.info import cpu_name
 
 SUITES = ("attention", "linear_act", "adam", "train", "install")
@@ -28,6 +30,7 @@ def add_arguments(parser):
     add("--threads", type=positive, metavar="N", help="CPU threads (default: as torch chooses)")
     add("--out", metavar="FILE.csv", type=Path, help="write the results there")
     add("--list", action="store_true", help="print the cases and time nothing")
+    add("--tune", action="store_true", help="find the best backend per shape on this GPU, for calls that name none")
 
 
 def suite(text):
@@ -43,6 +46,8 @@ def positive(text):
 
 
 def run(args):
+    if args.tune:
+        return run_tune(args)
     if args.out and not args.out.parent.is_dir():
         print(f"fastlayers bench: --out {args.out}: there is no folder {args.out.parent}", file=sys.stderr)
         return 2
@@ -72,6 +77,19 @@ def run(args):
         write_csv(args.out, rows)
         print(f"\nwritten to {args.out}")
     return 1 if failed else 0
+
+
+def run_tune(args):
+    if args.out or args.list:
+        print(f"fastlayers bench: --tune writes {own_path()}; it takes neither --out nor --list", file=sys.stderr)
+        return 2
+    if backends.cuda_device == "cuda" and not torch.cuda.is_available():
+        print("fastlayers bench: --tune chooses among GPU kernels, and torch sees no NVIDIA GPU", file=sys.stderr)
+        return 2
+    if not tune(args.suites or SUITES, args.words, args.quick):
+        print("fastlayers bench: --tune found no call to choose a backend for", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_guarded(case, seconds):

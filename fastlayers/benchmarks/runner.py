@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+import torch
+
 OURS = "fastlayers"
 
 
@@ -135,10 +137,17 @@ def _seconds(candidate, calls):
     """Seconds per call over `calls` calls."""
     if candidate.clock:
         return sum(candidate.clock(candidate.step) for _ in range(calls)) / calls
+    _wait_for_gpu()
     start = time.perf_counter()
     for _ in range(calls):
         candidate.step()
+    _wait_for_gpu()
     return (time.perf_counter() - start) / calls
+
+
+def _wait_for_gpu():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _measure(ready, seconds, minimum_rounds):

@@ -6,6 +6,7 @@ import math
 import torch
 
 from fastlayers import _native, backends, reference
+from fastlayers.ops._autograd import register_autograd
 from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
 
 MAX_HEAD_DIM = 256  # of the compiled kernels
@@ -356,7 +357,15 @@ def _facts_of(query, key, value, *others):
         "dtype": query.dtype,
         "head_dim": query.shape[-1],
         "head_dim_v": value.shape[-1],
+        "sizes": _sizes(query, key),
     }
+
+
+def _sizes(query, key):
+    """(batch * heads, seqlen_q, seqlen_k, head_dim), what the choice among GPU kernels goes by; packed: all tokens."""
+    if query.dim() == 3:
+        return (query.shape[1], query.shape[0], key.shape[0], query.shape[2])
+    return (query.shape[0] * query.shape[1], query.shape[2], key.shape[2], query.shape[3])
 
 
 def _attention_facts(query, key, value, *args, **kwargs):
@@ -422,12 +431,12 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _backward(operators, ctx, grad_out, grad_lse):
     out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     mask_gradient, sinks_gradient = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
-    dquery, dkey, dvalue, dmask, dsinks = torch.ops.fastlayers.attention_backward(
+    dquery, dkey, dvalue, dmask, dsinks = operators.attention_backward(
         *(grad_out, grad_lse, out, lse, query, key, value, attn_mask, alibi_slopes, sinks, *others),
         *(*ctx.options, mask_gradient, sinks_gradient),
     )
@@ -435,12 +444,12 @@ def _backward(ctx, grad_out, grad_lse):
     return dquery, dkey, dvalue, dmask, None, dsinks if sinks_gradient else None, *(None,) * 13
 
 
-def _double_backward(ctx, *grads):
+def _double_backward(operators, ctx, *grads):
     raise RuntimeError("attention is differentiable once: the gradient of its gradient is not implemented")
 
 
 if _native.error is None:
     torch.library.register_fake("fastlayers::attention_forward", _forward_fake)
-    torch.library.register_autograd("fastlayers::attention_forward", _backward, setup_context=_setup_context)
+    register_autograd("attention_forward", _backward, _setup_context)
     torch.library.register_fake("fastlayers::attention_backward", _backward_fake)
-    torch.library.register_autograd("fastlayers::attention_backward", _double_backward)
+    register_autograd("attention_backward", _double_backward)

@@ -3,6 +3,7 @@
 import torch
 
 from fastlayers import _native, backends, reference
+from fastlayers.ops._autograd import register_autograd
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,7 +25,8 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     """
     input, weight, bias = _autocast(input, weight, bias)
     _check("linear_act", activation, save, input, weight=weight, bias=bias)
-    if _choose("linear_act", input, backend) == "reference":
+    chosen = backends.choose("linear_act", _facts_of(input, weight, bias), backend)
+    if chosen == "reference":
         return reference.linear_act(input, weight, bias, activation)
     saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
     return torch.ops.fastlayers.linear_act_forward(input, weight, bias, activation, saves)[0]
@@ -45,10 +47,10 @@ def _linear_act_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_act_backward(ctx, grad, _):
+def _linear_act_backward(operators, ctx, grad, _):
     if grad is None:
         return (None,) * 5
-    found = torch.ops.fastlayers.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    found = operators.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
     return (*_wanted(found, ctx.needs), None, None)
 
 
@@ -90,7 +92,9 @@ def gated_linear_act(
             f"gated_linear_act: weight_gate has shape {tuple(weight_gate.shape)}, weight_up {tuple(weight_up.shape)}; "
             "they have to be the same"
         )
-    if _choose("gated_linear_act", input, backend) == "reference":
+    parameters = (weight_gate, weight_up, bias_gate, bias_up)
+    chosen = backends.choose("gated_linear_act", _facts_of(input, *parameters), backend)
+    if chosen == "reference":
         return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
     saves = save == "preactivation" and _needs_gradient(input, weight_gate, weight_up, bias_gate, bias_up)
     return torch.ops.fastlayers.gated_linear_act_forward(
@@ -116,10 +120,10 @@ def _gated_linear_act_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gated_linear_act_backward(ctx, grad, *_):
+def _gated_linear_act_backward(operators, ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    found = torch.ops.fastlayers.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    found = operators.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
     return (*_wanted(found, ctx.needs), None, None)
 
 
@@ -147,7 +151,7 @@ def _needs_gradient(*tensors):
 
 
 def _refuse_double_backward(op):
-    def refuse(ctx, *grads):
+    def refuse(operators, ctx, *grads):
         raise RuntimeError(f"{op}: double backward is not supported; it is differentiable once")
 
     return refuse
@@ -166,8 +170,8 @@ if not _native.error:
     ):
         torch.library.register_fake(f"fastlayers::{_op}_forward", _forward_fake)
         torch.library.register_fake(f"fastlayers::{_op}_backward", _backward_fake)
-        torch.library.register_autograd(f"fastlayers::{_op}_forward", _backward, setup_context=_setup)
-        torch.library.register_autograd(f"fastlayers::{_op}_backward", _refuse_double_backward(_op))
+        register_autograd(f"{_op}_forward", _backward, _setup)
+        register_autograd(f"{_op}_backward", _refuse_double_backward(_op))
 
 
 def _autocast(input, *others):
@@ -214,13 +218,19 @@ def _check(op, activation, save, input, **parameters):
             raise ValueError(f"{op}: {name} is on {tensor.device}, input is on {input.device}")
 
 
-def _choose(op, input, backend):
-    return backends.choose(op, {"device": input.device.type, "dtype": input.dtype}, backend)
+def _facts_of(input, *parameters):
+    """`sizes`: (rows, in_features, out_features), what the choice among GPU kernels goes by."""
+    return {
+        "device": input.device.type,
+        "dtype": input.dtype,
+        "needs_gradient": _needs_gradient(input, *parameters),
+        "sizes": (input.numel() // max(input.shape[-1], 1), input.shape[-1], parameters[0].shape[0]),
+    }
 
 
-def _facts(input, *others, **options):
-    input = _autocast(input)[0]
-    return {"device": input.device.type, "dtype": input.dtype}
+def _facts(input, weight, *others, **options):
+    others = [value for value in (*others, *options.values()) if isinstance(value, torch.Tensor)]
+    return _facts_of(*_autocast(input, weight, *others))
 
 
 def _cpu_reason(facts):

@@ -7,6 +7,7 @@ import re
 import torch
 
 from fastlayers import backends
+from fastlayers.ops._autograd import attach_autograd
 from tests.simulator import triton_driver
 from tests.simulator.launches import allocate, call, device_memory, module_of, on_host, simulate
 from tests.simulator.library import NAMESPACE, library
@@ -131,6 +132,7 @@ def _operators():
             target.impl(name, _simulated(name), "CPU")
             fake = getattr(torch.ops.fastlayers, name)
             torch.library.register_fake(f"fastlayers_simulator::{name}", fake, lib=target)
+            attach_autograd(name, "fastlayers_simulator", lib=target)
     return target
 
 

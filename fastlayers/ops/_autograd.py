@@ -1,0 +1,26 @@
+"""Gradients of the compiled operators, in whichever torch.ops namespace holds them."""
+
+import functools
+
+import torch
+
+_gradients = {}  # operator -> (backward, setup_context)
+
+
+def register_autograd(operator, backward, setup_context=None):
+    """Declare the gradient of torch.ops.fastlayers.<operator>.
+
+    backward(operators, ctx, *grads): `operators` is the namespace that the forward was called in, so that the
+            gradient runs where the forward ran
+    setup_context: as torch.library.register_autograd takes it
+    """
+    _gradients[operator] = backward, setup_context
+    attach_autograd(operator, "fastlayers")
+
+
+def attach_autograd(operator, namespace, lib=None):
+    """Give torch.ops.<namespace>.<operator> the gradient that was declared for this operator, if one was."""
+    if operator in _gradients:
+        backward, setup_context = _gradients[operator]
+        bound = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(f"{namespace}::{operator}", bound, setup_context=setup_context, lib=lib)
