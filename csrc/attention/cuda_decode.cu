@@ -21,18 +21,21 @@ int attribute(cudaDeviceAttr which) {
 DecodePlan plan_of(const AttentionForward& p) {
   constexpr int64_t kMostParts = 128;
   const int64_t rows = p.seqlen_q * (p.heads_q / p.heads_k);
-  const int64_t row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
+  const int64_t block_rows = std::min<int64_t>(
+      rows, decode_rows(p.dtype == DType::kFloat32 ? 4 : 2, std::max(p.head_dim, p.head_dim_v)));
+  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
   int64_t keys = p.seqlen_k;
   const int64_t right = p.is_causal ? 0 : p.window_right;
   if (p.window_left >= 0 && right >= 0) keys = std::min(keys, p.window_left + right + p.seqlen_q);
-  const int64_t least = std::max<int64_t>(2 * kKeyUnit, 8 * std::min<int64_t>(rows, kDecodeRows));
+  const int64_t least = std::max<int64_t>(2 * kKeyUnit, 8 * block_rows);
   const int64_t wanted =
       2 * attribute(cudaDevAttrMultiProcessorCount) / (p.batch * p.heads_k * row_blocks);
   DecodePlan plan{};
   plan.page_shift = 31;
   plan.rows = static_cast<int>(rows);
+  plan.block_rows = static_cast<int>(block_rows);
   plan.row_blocks = static_cast<int>(row_blocks);
-  plan.tiles = static_cast<int>((std::min<int64_t>(rows, kDecodeRows) + 15) / 16);
+  plan.tiles = static_cast<int>((block_rows + 15) / 16);
   plan.parts = static_cast<int>(std::clamp(std::min(wanted, keys / least), int64_t{1}, kMostParts));
   plan.padded_v = static_cast<int>((p.head_dim_v + 3) / 4 * 4);
   // Exact for keys below 2^31 (Granlund and Montgomery 1994): page_factor <= 2^32 - 1.
@@ -43,8 +46,10 @@ DecodePlan plan_of(const AttentionForward& p) {
   return plan;
 }
 
-// Many tokens fill the tiles of the forward kernel, whose warps have 32 rows.
-bool is_prefill(const AttentionForward& p) { return !p.page_table && p.seqlen_q > kDecodeRows; }
+// Many tokens fill the tiles of the forward kernels, which take numbers of 16 bits.
+bool is_prefill(const AttentionForward& p) {
+  return !p.page_table && p.seqlen_q > 64 && p.dtype != DType::kFloat32;
+}
 
 }  // namespace
 
@@ -60,12 +65,12 @@ void cuda_attention_decode(const AttentionForward& p, float* scratch, void* stre
   DecodePlan plan = plan_of(p);
   plan.scratch = scratch;
   FL_CHECK(p.batch <= 65535 && p.heads_k * plan.row_blocks <= 65535,
-           "attention_decode: more than 65535 sequences, or heads times blocks of 64 rows");
+           "attention_decode: more than 65535 sequences, or heads times blocks of rows");
   FL_CHECK(p.seqlen_k < kFar, "attention_decode: a cache of 2^30 keys or more");
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat16) return launch_decode<__half>(p, plan, major >= 8, cuda_stream);
-  FL_CHECK(p.dtype == DType::kBFloat16, "attention: the CUDA kernels take float16 and bfloat16");
+  if (p.dtype == DType::kFloat32) return launch_decode<float>(p, plan, major >= 8, cuda_stream);
   FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
   launch_decode<__nv_bfloat16>(p, plan, true, cuda_stream);
 }

@@ -16,46 +16,54 @@
 namespace fl {
 
 constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kDecodeRows = 16 * kDecodeWarps;  // of a block
-constexpr int kKeyUnit = 64;                    // parts of the keys are multiples of it
+constexpr int kKeyUnit = 64;  // parts of the keys are multiples of it
+
+// Rows of a block: those that fit into shared memory beside the keys.
+constexpr int decode_rows(int size, int64_t head_dim) {
+  return size == 4 && head_dim > 128 ? 32 : 16 * kDecodeWarps;
+}
 
 // What ForwardWarp is told: a warp works on 16 rows and 16 keys at once.
 template <class T_, int kDim_>
 struct DecodeShape {
   using T = T_;
   static constexpr int kDim = kDim_, kBlockN = 16, kTilesM = 1;
-  static constexpr bool kGeneral = true, kKeepsQ = kDim <= 128;
-  static constexpr int kWarpRows = 16, kTilesN = 2, kTilesD = kDim / 8, kSteps = kDim / 16;
+  static constexpr bool kGeneral = true, kKeepsQ = kDim <= 128 && sizeof(T) == 2;
+  static constexpr int kWarpRows = 16, kTilesN = 2, kTilesD = kDim / 8, kSteps = kDim / kDepth<T>;
 
-  static constexpr int kKeys = kDim <= 128 ? 64 : 32, kSlices = kKeys / 16;  // of a tile
-  using TileQ = SharedTile<16, kDim>;
-  using TileKv = SharedTile<kKeys, kDim>;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
+  static constexpr int kKeys = kRowBytes <= 256 ? 64 : 16384 / kRowBytes;  // of a tile
+  static constexpr int kSlices = kKeys / 16;
+  using TileQ = SharedTile<T, 16, kDim>;
+  using TileO = SharedTile<float, 16, kDim>;  // the outputs of a warp, at the end
+  using TileKv = SharedTile<T, kKeys, kDim>;
   static constexpr int kStageBytes = 2 * TileKv::kBytes;  // keys and values
 
   // Tiles in shared memory at once. The last but one of them may be on their way while one is used;
   // where copies are not asynchronous and there are 64 KB, one has to do.
   static constexpr __host__ __device__ int stages(bool asynchronous) {
-    return kDim <= 64 ? 3 : asynchronous ? 2 : 1;
+    return kRowBytes <= 128 ? 3 : asynchronous ? 2 : 1;
   }
   // Warps that share each 16 of `tiles` times 16 rows.
   static constexpr __host__ __device__ int key_warps(int tiles) {
     const int warps = tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
     return warps < kSlices ? warps : kSlices;
   }
-  // The tiles and q; at the end the outputs of all warps as float32.
+  // The tiles and q; at the end the outputs of all warps.
   static constexpr int shared_bytes(int tiles, bool asynchronous) {
     const int loop = stages(asynchronous) * kStageBytes + tiles * TileQ::kBytes;
-    const int end = tiles * key_warps(tiles) * 16 * kDim * 4;
+    const int end = tiles * key_warps(tiles) * TileO::kBytes;
     return loop > end ? loop : end;
   }
 };
 
 // How the work is split. With one part there is no scratch memory and nothing to add up.
 struct DecodePlan {
-  int rows, row_blocks, tiles;  // rows: of a KV head; tiles: of 16 rows, in a block
-  int parts;                    // of the keys
-  int padded_v;                 // columns of an output row in scratch memory
-  bool general;                 // softcap, ALiBi, or a scale that turns the order of scores around
+  int rows, block_rows, row_blocks;  // rows: of a KV head
+  int tiles;                         // of 16 rows, in a block
+  int parts;                         // of the keys
+  int padded_v;                      // columns of an output row in scratch memory
+  bool general;  // softcap, ALiBi, or a scale that turns the order of scores around
   float* scratch;
   // Key j is in page j * page_factor >> page_shift of its sequence; without pages the cache of a
   // sequence is one page of kFar keys.
@@ -91,25 +99,10 @@ struct KeyPart {
   __device__ __forceinline__ bool empty() const { return begin >= end; }
 };
 
-// `count` of eight numbers and zeros: by an asynchronous copy, or one by one.
-template <class T>
-__device__ __forceinline__ void copy_eight(uint32_t to, const T* from, int count, bool aligned) {
-#if __CUDA_ARCH__ < 800
-  aligned = aligned && (count == 8 || count == 0);
-#endif
-  if (aligned) return copy_async(to, from, 2 * count);
-  T values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : T(0.0f);
-  const uint4 bits = *reinterpret_cast<const uint4*>(values);
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
-               "r"(bits.z), "r"(bits.w));
-}
-
 // One thread's share of the tiles of keys, or of values, of a KV head: kCount rows, kStep apart.
 template <class Tile, class T>
 class CacheCopy {
-  static constexpr int kPanels = Tile::kColumns / Tile::kPanel;
+  static constexpr int kPanels = Tile::kColumns / Tile::kPanel, kChunk = 16 / sizeof(T);
 
  public:
   static constexpr int kStep = kDecodeThreads / Tile::kChunks, kCount = Tile::kRows / kStep;
@@ -135,17 +128,17 @@ class CacheCopy {
                                        int thread)
       : page_stride_(x.stride_b), row_stride_(x.stride_s) {
     const int chunk = thread % Tile::kChunks;
-    from_ = static_cast<const T*>(x.data) + head * x.stride_h + 8 * chunk;
+    from_ = static_cast<const T*>(x.data) + head * x.stride_h + kChunk * chunk;
     to_ = Tile::at(thread / Tile::kChunks, chunk);
-    left_ = static_cast<int>(columns) - 8 * chunk;
+    left_ = static_cast<int>(columns) - kChunk * chunk;
     const auto strides = (x.stride_b | x.stride_h | x.stride_s) * static_cast<int64_t>(sizeof(T));
     aligned_ = (reinterpret_cast<uintptr_t>(x.data) | strides) % 16 == 0;
+    whole_ = aligned_ && columns >= Tile::kColumns;
   }
 
   // Rows from key `end` on are zero.
   __device__ __forceinline__ void operator()(uint32_t tile, const DecodePlan& plan,
                                              const Pages& pages, int key, int end) const {
-    const bool whole = aligned_ && left_ >= (kPanels - 1) * Tile::kPanel + 8;
 #if __CUDA_ARCH__ >= 800
     constexpr int kUnroll = kPanels;
 #else
@@ -156,25 +149,32 @@ class CacheCopy {
       const int row = key - plan.page_of(key) * plan.page_size;
       const T* from = from_ + pages.number[c] * page_stride_ + row * row_stride_;
       const uint32_t to = tile + to_ + c * kStep * Tile::kRowBytes;
-      const bool inside = key < end;
+      if (!whole_) {
+        copy_partial(to, from, key < end ? left_ : 0);
+        continue;
+      }
 #pragma unroll kUnroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        if (whole) {
-          copy_async(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, inside ? 16 : 0);
-        } else {
-          const int count = inside ? min(max(left_ - panel * Tile::kPanel, 0), 8) : 0;
-          copy_eight(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, count, aligned_);
-        }
+        copy_async(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel, key < end ? 16 : 0);
       }
     }
   }
 
  private:
+  // The first `left` columns of a row, counted from the thread's first one.
+  __device__ __forceinline__ void copy_partial(uint32_t to, const T* from, int left) const {
+#pragma unroll 1
+    for (int panel = 0; panel < kPanels; ++panel) {
+      copy_chunk(to + panel * Tile::kPanelBytes, from + panel * Tile::kPanel,
+                 min(max(left - panel * Tile::kPanel, 0), kChunk), aligned_);
+    }
+  }
+
   const T* from_;
   int64_t page_stride_, row_stride_;
   uint32_t to_;
   int left_;  // columns from this thread's first one on
-  bool aligned_;
+  bool aligned_, whole_;
 };
 
 // One row of a lane: its query token, and the ALiBi slope of its head.
@@ -207,24 +207,16 @@ class DecodeWarp : public ForwardWarp<S> {
     return make_float2(this->shift_[row], sum);
   }
 
-  // The output times a factor per row to 16 x kDim floats of shared memory, as `at` says.
-  __device__ __forceinline__ void stage(uint32_t to, const float (&factor)[2], int lane) const {
+  // The output times a factor per row to shared memory, as a TileO.
+  __device__ __forceinline__ void stage(uint32_t tile, const float (&factor)[2], int lane) const {
+    const uint32_t to = S::TileO::lane_accumulator(tile, lane);
 #pragma unroll
     for (int d = 0; d < S::kTilesD; ++d) {
+      Accumulator x = this->output_[0][d];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float* x = this->output_[0][d].r + 2 * r;
-        const uint32_t place = to + at(8 * r + lane / 4, 2 * d + lane % 4 / 2) + lane % 2 * 8;
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(place), "f"(x[0] * factor[r]),
-                     "f"(x[1] * factor[r]));
-      }
+      for (int e = 0; e < 4; ++e) x.r[e] *= factor[e / 2];
+      S::TileO::store(to, 0, d, x);
     }
-  }
-
-  // Bytes to four columns of a row. Chunks are XORed with the row: stores of accumulators and
-  // 16-byte loads are free of bank conflicts.
-  static __device__ __forceinline__ uint32_t at(int row, int chunk) {
-    return row * S::kDim * 4 + (chunk ^ (row & 3) * 2) * 16;
   }
 
  private:
@@ -235,9 +227,13 @@ class DecodeWarp : public ForwardWarp<S> {
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const float (&x)[4], int count, bool aligned) {
   if (aligned && count >= 4) {  // in one piece, which the compiler would not see to
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(pack<T>(x[0], x[1])),
-                 "r"(pack<T>(x[2], x[3]))
-                 : "memory");
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
+                   "f"(x[2]), "f"(x[3]));
+    } else {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(pack<T>(x[0], x[1])),
+                   "r"(pack<T>(x[2], x[3])));
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -246,15 +242,19 @@ __device__ __forceinline__ void store_four(T* to, const float (&x)[4], int count
   }
 }
 
-// What is left of a row's terms when those of the keys and of the sink are together: `factor` of
-// the output and the lse. top: a power of 2; sink in natural units, -inf: none.
-__device__ __forceinline__ float finish_row(float top, float sum, float sink, float* lse) {
-  const float all = fmaxf(top, sink * kLog2e);
-  const float shrink = top == -INFINITY ? 0.0f : exp2f(top - all);
-  if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - all);
-  *lse = sum == 0.0f ? -INFINITY : (all + log2f(sum)) * kLn2;
-  return sum > 0.0f ? shrink / sum : sum == 0.0f ? 0.0f : sum;
-}
+// What a row is worth when the terms of all keys and of the sink are together.
+struct RowEnd {
+  float factor, lse;  // of the output
+
+  // top: a power of 2; sink in natural units, -inf: none.
+  __device__ __forceinline__ RowEnd(float top, float sum, float sink) {
+    const float all = fmaxf(top, sink * kLog2e);
+    const float shrink = top == -INFINITY ? 0.0f : exp2f(top - all);
+    if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - all);
+    lse = sum == 0.0f ? -INFINITY : (all + log2f(sum)) * kLn2;
+    factor = sum > 0.0f ? shrink / sum : sum == 0.0f ? 0.0f : sum;
+  }
+};
 
 // The kernels of one dtype, in order on the stream. `asynchronous`: whether the GPU has cp.async.
 template <class T>

@@ -20,8 +20,8 @@ struct DecodeBlock {
         head(blockIdx.y / plan.row_blocks),
         part(blockIdx.x),
         group(static_cast<int>(p.heads_q / p.heads_k)),
-        first_row(blockIdx.y % plan.row_blocks * kDecodeRows),
-        rows(min(plan.rows - first_row, kDecodeRows)),
+        first_row(blockIdx.y % plan.row_blocks * plan.block_rows),
+        rows(min(plan.rows - first_row, plan.block_rows)),
         tiles((rows + 15) / 16),
         sequence(p, b) {}
 
@@ -40,21 +40,33 @@ struct DecodeBlock {
   }
 };
 
+// Which 16 rows of the block a warp has, and which of the `warps` that share them it is.
+struct WarpPlace {
+  int warps, tile, slice;
+  bool works;
+
+  __device__ __forceinline__ WarpPlace(int tiles, int key_warps, int warp)
+      : warps(key_warps),
+        tile(warp % (kDecodeWarps / warps)),
+        slice(warp / (kDecodeWarps / warps)),
+        works(slice < warps && tile < tiles) {}
+};
+
 template <class S>
 __device__ __forceinline__ void copy_queries(const AttentionForward& p, const DecodeBlock& block,
                                              uint32_t to) {
   using T = typename S::T;
-  constexpr int kChunks = S::kDim / 8;
+  constexpr int kChunk = 16 / sizeof(T), kChunks = S::kDim / kChunk;
   const T* q = static_cast<const T*>(p.q.data) + block.b * p.q.stride_b;
   const auto strides =
       (p.q.stride_b | p.q.stride_h | p.q.stride_s) * static_cast<int64_t>(sizeof(T));
   const bool aligned = (reinterpret_cast<uintptr_t>(p.q.data) | strides) % 16 == 0;
   for (int index = threadIdx.x; index < block.tiles * 16 * kChunks; index += kDecodeThreads) {
     const int row = index / kChunks, chunk = index % kChunks;
-    const int left = row < block.rows ? static_cast<int>(p.head_dim) - 8 * chunk : 0;
+    const int left = row < block.rows ? static_cast<int>(p.head_dim) - kChunk * chunk : 0;
     const T* from = q + block.query_head(row) * p.q.stride_h + block.token(row) * p.q.stride_s;
-    copy_eight(to + row / 16 * S::TileQ::kBytes + S::TileQ::at(row % 16, chunk), from + 8 * chunk,
-               min(max(left, 0), 8), aligned);
+    copy_chunk(to + row / 16 * S::TileQ::kBytes + S::TileQ::at(row % 16, chunk),
+               from + kChunk * chunk, min(max(left, 0), kChunk), aligned);
   }
 }
 
@@ -81,28 +93,28 @@ __device__ __forceinline__ void adjust_scores(DecodeWarp<S>& warp, const Attenti
 template <class S>
 __device__ __forceinline__ void combine_warps(const DecodeWarp<S>& warp, const AttentionForward& p,
                                               const DecodePlan& plan, const DecodeBlock& block,
-                                              const float2* memory, int tile, int slice, int lane,
-                                              float (&factor)[2]) {
+                                              const float2* memory, const WarpPlace& place,
+                                              int lane, float (&factor)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int in_tile = 8 * r + lane / 4, row = 16 * tile + in_tile;
-    const float2* of_row = memory + 16 * tile + in_tile;
+    const int row = 16 * place.tile + 8 * r + lane / 4;
+    const float2* of_row = memory + row;
     float top = -INFINITY, sum = 0.0f;
-    const int warps = S::key_warps(block.tiles), step = 16 * block.tiles;
+    const int warps = place.warps, step = 16 * block.tiles;
     for (int w = 0; w < warps; ++w) top = fmaxf(top, of_row[w * step].x);
     const float finite = top == -INFINITY ? 0.0f : top;
     for (int w = 0; w < warps; ++w) sum += of_row[w * step].y * exp2f(of_row[w * step].x - finite);
-    factor[r] = exp2f(of_row[slice * step].x - finite);
-    const bool writes = slice == 0 && lane % 4 == 0 && row < block.rows;
+    factor[r] = exp2f(of_row[place.slice * step].x - finite);
+    const bool writes = place.slice == 0 && lane % 4 == 0 && row < block.rows;
     if (plan.parts > 1) {
       const int64_t at = plan.row_at(p, block.part, block.b, block.head, block.first_row + row);
       if (writes) plan.statistics(p)[at] = make_float2(top, sum);
     } else {
       const int h = block.query_head(row);
-      float lse;
-      factor[r] *= finish_row(top, sum, p.sinks ? p.sinks[h] : -INFINITY, &lse);
+      const RowEnd end(top, sum, p.sinks ? p.sinks[h] : -INFINITY);
+      factor[r] *= end.factor;
       float* to = p.lse + block.b * p.lse_stride_b + h * p.lse_stride_h;
-      if (writes) to[block.token(row)] = lse;
+      if (writes) to[block.token(row)] = end.lse;
     }
   }
 }
@@ -112,12 +124,12 @@ template <class S>
 __device__ __forceinline__ void write_outputs(const AttentionForward& p, const DecodePlan& plan,
                                               const DecodeBlock& block, uint32_t staged) {
   using T = typename S::T;
-  constexpr int kChunks = S::kDim / 4, kTileBytes = 16 * S::kDim * 4;
+  constexpr int kChunks = S::kDim / 4;
   const int columns = static_cast<int>(p.head_dim_v), warps = S::key_warps(block.tiles);
   T* o = static_cast<T*>(p.o.data) + block.b * p.o.stride_b;
   const auto strides =
       (p.o.stride_b | p.o.stride_h | p.o.stride_s) * static_cast<int64_t>(sizeof(T));
-  const bool aligned = (reinterpret_cast<uintptr_t>(p.o.data) | strides) % 8 == 0;
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.o.data) | strides) % (4 * sizeof(T)) == 0;
   for (int index = threadIdx.x; index < block.rows * kChunks; index += kDecodeThreads) {
     const int row = index / kChunks, chunk = index % kChunks;
     if (4 * chunk >= columns) continue;
@@ -126,8 +138,8 @@ __device__ __forceinline__ void write_outputs(const AttentionForward& p, const D
       float y[4];
       asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
-                   : "r"(staged + (w * block.tiles + row / 16) * kTileBytes +
-                         DecodeWarp<S>::at(row % 16, chunk)));
+                   : "r"(staged + (w * block.tiles + row / 16) * S::TileO::kBytes +
+                         S::TileO::at(row % 16, chunk)));
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[e] += y[e];
     }
@@ -140,6 +152,30 @@ __device__ __forceinline__ void write_outputs(const AttentionForward& p, const D
       store_four(to + 4 * chunk, x, columns - 4 * chunk, aligned);
     }
   }
+}
+
+// What all warps have found becomes what the block writes.
+template <class S>
+__device__ __forceinline__ void finish(const DecodeWarp<S>& warp, const AttentionForward& p,
+                                       const DecodePlan& plan, const DecodeBlock& block,
+                                       const WarpPlace& place, uint8_t* memory, int lane) {
+  wait_for_copies<0>();
+  __syncthreads();  // nobody reads tiles any more
+  const int own = place.slice * block.tiles + place.tile;
+  auto* of_warps = reinterpret_cast<float2*>(memory);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float2 x = warp.statistics(r);
+    if (place.works && lane % 4 == 0) of_warps[16 * own + 8 * r + lane / 4] = x;
+  }
+  __syncthreads();
+  float factor[2] = {0.0f, 0.0f};
+  if (place.works) combine_warps(warp, p, plan, block, of_warps, place, lane, factor);
+  __syncthreads();
+  const uint32_t staged = shared_address(memory);
+  if (place.works) warp.stage(staged + own * S::TileO::kBytes, factor, lane);
+  __syncthreads();
+  write_outputs<S>(p, plan, block, staged);
 }
 
 template <class S>
@@ -157,8 +193,7 @@ __device__ __forceinline__ void decode(const AttentionForward& p, const DecodePl
   const KeyPart part = block.keys(plan.parts);
   if (plan.parts > 1 && part.empty()) return;
 
-  const int warps = S::key_warps(block.tiles), tile = thread / 32 % (4 / warps);
-  const int slice = thread / 32 / (4 / warps);
+  const WarpPlace place(block.tiles, S::key_warps(block.tiles), thread / 32);
   const uint32_t first = shared_address(memory), q = first + kStages * S::kStageBytes;
   copy_queries<S>(p, block, q);
   const Copy copy_k(p.k, block.head, p.head_dim, thread);
@@ -176,33 +211,40 @@ __device__ __forceinline__ void decode(const AttentionForward& p, const DecodePl
     commit_copies();
   };
 
-  const bool works = slice < warps && tile < block.tiles;
   DecodeRow rows[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = 16 * tile + 8 * r + lane / 4, h = block.query_head(row);
+    const int row = 16 * place.tile + 8 * r + lane / 4, h = block.query_head(row);
     rows[r].token = block.token(row);
     rows[r].slope = p.alibi_slopes ? p.alibi_slopes[block.b * p.alibi_stride_b + h] : 0.0f;
   }
-  const VisibleKeys keys(block.sequence, block.token(16 * tile), block.token(16 * tile + 15) + 1);
-  DecodeWarp<S> warp(q + tile % block.tiles * S::TileQ::kBytes, first, lane);
+  const VisibleKeys keys(block.sequence, block.token(16 * place.tile),
+                         block.token(16 * place.tile + 15) + 1);
+  DecodeWarp<S> warp(q + place.tile % block.tiles * S::TileQ::kBytes, first, lane);
   const float scale = plan.general ? 1.0f : p.softmax_scale * kLog2e;
   bool fresh = true;
-  constexpr int kLastStage = (kStages - 1) * S::kStageBytes;
-  for (int s = 0; s < kStages - 1; ++s) copy_tile(part.begin + s * S::kKeys, s * S::kStageBytes);
-  for (int j0 = part.begin, stage = 0; j0 < part.end; j0 += S::kKeys) {
-    if constexpr (kStages > 1) wait_for_copies<kStages - 2>();
-    __syncthreads();  // this tile is here; the one before it has been used by all
-    copy_tile(j0 + (kStages - 1) * S::kKeys, stage ? stage - S::kStageBytes : kLastStage);
+  // Tile j0 is used while that kAhead keys further on arrives; the first rounds only copy.
+  constexpr int kLastStage = (kStages - 1) * S::kStageBytes, kAhead = (kStages - 1) * S::kKeys;
+  int stage = kStages > 1 ? S::kStageBytes : 0;
+  for (int j0 = part.begin - kAhead; j0 < part.end; j0 += S::kKeys) {
+    if (j0 >= part.begin) {
+      if constexpr (kStages > 1) wait_for_copies<kStages - 2>();
+      __syncthreads();  // this tile is here; the one before it has been used by all
+    }
+    copy_tile(j0 + kAhead, stage ? stage - S::kStageBytes : kLastStage);
+    const int here = stage;
+    stage = stage == kLastStage ? 0 : stage + S::kStageBytes;
+    if (j0 < part.begin) continue;
     if constexpr (kStages == 1) {
       wait_for_copies<0>();
       __syncthreads();
     }
     if (fresh) warp.load_q();
-    for (int s = slice; works && s < S::kSlices; s += warps) {
+#pragma unroll 1
+    for (int s = place.slice; place.works && s < S::kSlices; s += place.warps) {
       const int j = j0 + 16 * s;
       if (j >= part.end) break;
-      warp.aim(stage, s);
+      warp.aim(here, s);
       while (true) {
         warp.multiply_k();
         adjust_scores(warp, p, plan, block, rows, j, keys.all(j, j + 16), lane);
@@ -214,37 +256,16 @@ __device__ __forceinline__ void decode(const AttentionForward& p, const DecodePl
       fresh = false;
       warp.multiply_v();
     }
-    stage = stage == kLastStage ? 0 : stage + S::kStageBytes;
   }
 
-  wait_for_copies<0>();
-  __syncthreads();
-  auto* of_warps = reinterpret_cast<float2*>(memory);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float2 x = warp.statistics(r);
-    const int at = (slice * block.tiles + tile) * 16 + 8 * r + lane / 4;
-    if (works && lane % 4 == 0) of_warps[at] = x;
-  }
-  __syncthreads();
-  float factor[2] = {0.0f, 0.0f};
-  if (works) combine_warps(warp, p, plan, block, of_warps, tile, slice, lane, factor);
-  __syncthreads();
-  const uint32_t staged = first + (slice * block.tiles + tile) * 16 * S::kDim * 4;
-  if (works) warp.stage(staged, factor, lane);
-  __syncthreads();
-  write_outputs<S>(p, plan, block, first);
+  finish(warp, p, plan, block, place, memory, lane);
 }
 
-// bfloat16 has no kernels before sm_80.
 template <class S>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_decode_kernel(const __grid_constant__ AttentionForward p,
                             const __grid_constant__ DecodePlan plan) {
-#if __CUDA_ARCH__ < 800
-  if constexpr (std::is_same_v<typename S::T, __nv_bfloat16>) return;
-#endif
-  decode<S>(p, plan);
+  if constexpr (kHasMma<typename S::T>) decode<S>(p, plan);
 }
 
 // Adds up the parts of the keys, in order: a warp per row, lanes along its columns.
@@ -256,8 +277,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int row = blockIdx.x * kDecodeWarps + threadIdx.x / 32;
   if (row >= plan.rows) return;
   const int group = static_cast<int>(p.heads_q / p.heads_k),
-            block_row = row / kDecodeRows * kDecodeRows;
-  const int i0 = block_row / group, i1 = (min(block_row + kDecodeRows, plan.rows) - 1) / group + 1;
+            block_row = row / plan.block_rows * plan.block_rows;
+  const int i0 = block_row / group,
+            i1 = (min(block_row + plan.block_rows, plan.rows) - 1) / group + 1;
   const Sequence sequence(p, b);
   const int64_t first = plan.row_at(p, 0, b, head, row), step = p.batch * p.heads_k * plan.rows;
   const float2* statistics = plan.statistics(p) + first;
@@ -272,20 +294,19 @@ __global__ void __launch_bounds__(kDecodeThreads)
     sum += statistics[part * step].y * exp2f(statistics[part * step].x - finite);
   }
   const int h = head * group + row % group, i = row / group;
-  float lse;
-  const float factor = finish_row(top, sum, p.sinks ? p.sinks[h] : -INFINITY, &lse);
-  if (lane == 0) p.lse[b * p.lse_stride_b + h * p.lse_stride_h + i] = lse;
+  const RowEnd end(top, sum, p.sinks ? p.sinks[h] : -INFINITY);
+  if (lane == 0) p.lse[b * p.lse_stride_b + h * p.lse_stride_h + i] = end.lse;
 
   T* o = static_cast<T*>(p.o.data) + b * p.o.stride_b + h * p.o.stride_h + i * p.o.stride_s;
   const auto strides =
       (p.o.stride_b | p.o.stride_h | p.o.stride_s) * static_cast<int64_t>(sizeof(T));
-  const bool aligned = (reinterpret_cast<uintptr_t>(p.o.data) | strides) % 8 == 0;
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.o.data) | strides) % (4 * sizeof(T)) == 0;
   const float* from = plan.scratch + first * plan.padded_v;
   for (int column = 4 * lane; column < p.head_dim_v; column += 128) {
     float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
     for (int part = 0; part < parts; ++part) {
-      const float weight = exp2f(statistics[part * step].x - finite) * factor;
+      const float weight = exp2f(statistics[part * step].x - finite) * end.factor;
       const float4 y =
           *reinterpret_cast<const float4*>(from + part * step * plan.padded_v + column);
       x[0] = fmaf(y.x, weight, x[0]);

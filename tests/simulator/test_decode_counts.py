@@ -7,6 +7,7 @@ from fastlayers import ops
 from tests.backends import BACKENDS
 from tests.simulator import SimulatorError, install, record, rewrite_ptx, uninstall
 
+BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif("cuda" not in BACKENDS["adam"], reason="needs nvcc to compile the kernels")
 
 
@@ -17,17 +18,16 @@ def gpu():
     uninstall()
 
 
-def decode(lengths, capacity, heads_q=8, heads_k=1, seqlen_q=1, head_dim=128, page_size=None, **options):
-    """(out, launches); pages, if wanted, are in order but for the first two of each sequence."""
+def decode(lengths, capacity, heads_q=8, heads_k=1, seqlen_q=1, head_dim=128, page_size=None, dtype=BF16, **options):
+    """(out, launches); pages, if wanted, lie in memory from the last to the first."""
     generator = torch.Generator().manual_seed(0)
     batch = len(lengths)
-    query = torch.randn(batch, heads_q, seqlen_q, head_dim, generator=generator).bfloat16()
-    key, value = torch.randn(2, batch, heads_k, capacity, head_dim, generator=generator).bfloat16()
+    query = torch.randn(batch, heads_q, seqlen_q, head_dim, generator=generator).to(dtype)
+    key, value = torch.randn(2, batch, heads_k, capacity, head_dim, generator=generator).to(dtype)
     if page_size:
-        options["page_table"] = torch.arange(batch * capacity // page_size, dtype=torch.int32).view(batch, -1)
+        options["page_table"] = torch.arange(batch * capacity // page_size, dtype=torch.int32).flip(0).view(batch, -1)
         key, value = (
-            x.view(batch, heads_k, -1, page_size, head_dim).transpose(1, 2).flatten(0, 1).contiguous()
-            for x in (key, value)
+            x.view(batch, heads_k, -1, page_size, head_dim).transpose(1, 2).flatten(0, 1).flip(0) for x in (key, value)
         )
     with record() as launches, torch.no_grad():
         out = ops.decode_attention(
@@ -48,6 +48,7 @@ CALLS = {
     "several heads": {"heads_q": 12, "heads_k": 3, "head_dim": 64},
     "two tiles of rows": {"seqlen_q": 3, "head_dim": 256},
     "all rows of a block": {"seqlen_q": 8},
+    "float32": {"seqlen_q": 2, "dtype": torch.float32},
     "pages": {"page_size": 16},
     "pages of a row": {"page_size": 1, "head_dim": 64},
 }
@@ -56,13 +57,14 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_keys_and_values_are_read_once(name):
     """Of each KV head, for all its query heads and tokens; behind the lengths, nothing."""
-    call = {"heads_q": 8, "heads_k": 1, "seqlen_q": 1, "head_dim": 128, **CALLS[name]}
+    call = {"heads_q": 8, "heads_k": 1, "seqlen_q": 1, "head_dim": 128, "dtype": BF16, **CALLS[name]}
     lengths = [700, 130]
     _, launches = decode(lengths, 1024, **call)
     first = launches[0]
-    caches = 2 * sum(lengths) * call["heads_k"] * call["head_dim"] * 2
+    row = call["head_dim"] * call["dtype"].itemsize
+    caches = 2 * sum(lengths) * call["heads_k"] * row
     parts = first.grid[0]
-    queries = sum(min(parts, -(-n // 64)) for n in lengths) * call["heads_q"] * call["seqlen_q"] * call["head_dim"] * 2
+    queries = sum(min(parts, -(-n // 64)) for n in lengths) * call["heads_q"] * call["seqlen_q"] * row
     assert caches < bytes_copied(first) <= caches + queries  # each part reads the queries
     for launch in launches:
         counts = launch.counts
@@ -112,6 +114,7 @@ BREAKS = {  # what is taken out or changed, and what finds it
     "the wait for copies": ("cp.async.wait_group 0", "cp.async.wait_group 1", {"async"}),
     "the commit of copies": ("cp.async.commit_group;", "", {"async"}),
     "the end of the keys": ("min.s32", "max.s32", {"arguments", "out_of_bounds"}),
+    "the page of a key": ("shr.u64", "shl.b64", None),
     "the transposition of v": (".x4.trans.", ".x4.", None),
     "the softmax's base": ("ex2.approx.ftz.f32", "rsqrt.approx.ftz.f32", None),
     "the division by the sum": ("div.rn.f32", "mul.rn.f32", None),
