@@ -77,7 +77,8 @@ def test_empty(dtype):
         check_cuda(ops.attention, query, key, value, f"{sizes}")
     query, key, value = qkv(dtype)
     ours = check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys")
-    assert not ours["out"].any() and (ours["lse"] == -torch.inf).all() and not ours["dquery"].any()
+    assert (ours["lse"] == -torch.inf).all()
+    assert not any(ours[name].any() for name in ("out", "dquery") if name in ours)
     check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys", sinks=randn(4))
     additive = randn(2, 4, 65, 1)
     check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys", attn_mask=additive)
@@ -89,7 +90,7 @@ def test_rows_without_keys(dtype):
     mask = torch.ones(2, 1, 65, 65, dtype=torch.bool)
     mask[0, :, 5] = mask[1, :, 60:] = False
     ours = check_cuda(ops.attention, query, key, value, "bool", attn_mask=mask)
-    for name in ("out", "dquery"):
+    for name in {"out", "dquery"} & ours.keys():
         assert not ours[name][0, :, 5].any() and not ours[name][1, :, 60:].any()
     assert (ours["lse"][0, :, 5] == -torch.inf).all() and torch.isfinite(ours["lse"][0, :, 4]).all()
     lowest = torch.zeros(2, 1, 65, 65, dtype=dtype)
