@@ -27,8 +27,14 @@ struct SharedTile {
   // Fragments of 16 columns (number `step`) and 16 rows from `row` on. The lane's own address is
   // computed once, by lane_a, lane_b or lane_transposed; what comes then is one XOR and immediates.
   static __device__ __forceinline__ uint32_t step_of(uint32_t lane_address, int step, int row) {
-    constexpr int kSteps = kPanel / 16;
-    return (lane_address ^ (step % kSteps) << 5) + step / kSteps * kPanelBytes + row * kRowBytes;
+    return turned(lane_address, step) + row_offset(step, row);
+  }
+  // The two parts of it: the one that takes a register, and the constant.
+  static __device__ __forceinline__ uint32_t turned(uint32_t lane_address, int step) {
+    return lane_address ^ (step % (kPanel / 16)) << 5;
+  }
+  static __device__ constexpr int row_offset(int step, int row) {
+    return step / (kPanel / 16) * kPanelBytes + row * kRowBytes;
   }
 
   // a: rows x depth. Matrices in the order of FragmentA.
