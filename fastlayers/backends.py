@@ -87,8 +87,11 @@ def choose(op, facts, backend=None):
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
         return wanted
     choice = choice_for(op, facts)
-    for name in (*(choice.backends if choice else ()), *_reasons[op]):
+    for name in choice.backends if choice else ():
         if why_not(op, name, facts) is None:
+            return name
+    for name, reason in _reasons[op].items():
+        if reason(facts) is None:
             return name
     return "reference"
 

@@ -129,7 +129,7 @@ def test_torch_serves_16_bit_where_it_has_tile_instructions(monkeypatch):
     x, w = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
     for amx in (True, False):
         monkeypatch.setitem(module._TORCH_GEMM_IS_FASTER, torch.bfloat16, amx)
-        facts = module._facts(x)
+        facts = module._facts(x, w)
         assert (backends.choose("linear_act", facts) == "reference") == amx or backends.native_reason(facts)
         assert ops.linear_act(x, w).shape == (3, 5)
         assert backends.why_not("linear_act", "cpu", facts) == backends.native_reason(facts)
