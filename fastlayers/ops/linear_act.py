@@ -29,7 +29,7 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     if chosen == "reference":
         return reference.linear_act(input, weight, bias, activation)
     saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
-    return torch.ops.fastlayers.linear_act_forward(input, weight, bias, activation, saves)[0]
+    return backends.operators(chosen).linear_act_forward(input, weight, bias, activation, saves)[0]
 
 
 def _linear_act_setup(ctx, inputs, output):
@@ -97,7 +97,7 @@ def gated_linear_act(
     if chosen == "reference":
         return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
     saves = save == "preactivation" and _needs_gradient(input, weight_gate, weight_up, bias_gate, bias_up)
-    return torch.ops.fastlayers.gated_linear_act_forward(
+    return backends.operators(chosen).gated_linear_act_forward(
         input, weight_gate, weight_up, bias_gate, bias_up, activation, saves
     )[0]
 
@@ -239,6 +239,15 @@ def _cpu_reason(facts):
     return backends.native_reason(facts)
 
 
+def _cuda_reason(facts):
+    if facts["dtype"] not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
+    reason = backends.cuda_reason(facts)
+    if reason is None and facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
+        return "bfloat16 needs a GPU of compute capability 8.0 or newer"
+    return reason
+
+
 def _has_amx(probe):
     return getattr(torch.cpu, probe, lambda: False)()
 
@@ -259,4 +268,4 @@ def _reference_reason(facts):
 
 
 for _op in ("linear_act", "gated_linear_act"):
-    backends.register(_op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason)
+    backends.register(_op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason, cuda=_cuda_reason)
