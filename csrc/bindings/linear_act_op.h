@@ -54,9 +54,14 @@ class Matrix {
     cols_ = tensor_.size(last);
     rows_ = 1;
     int64_t row_stride = cols_;
+    if (tensor_.numel() == 0) {
+      for (int64_t d = 0; d < last; ++d) rows_ *= tensor_.size(d);
+      stride_ = cols_;
+      return cols_dense_ = true;
+    }
     for (int64_t d = last - 1; d >= 0; --d) {
       if (tensor_.size(d) == 1) continue;
-      if (rows_ != 1 && tensor_.stride(d) != row_stride * rows_) return tensor_.numel() == 0;
+      if (rows_ != 1 && tensor_.stride(d) != row_stride * rows_) return false;
       if (rows_ == 1) row_stride = tensor_.stride(d);
       rows_ *= tensor_.size(d);
     }

@@ -106,7 +106,7 @@ class TileStream {
   const LinearActGemm& g_;
   int64_t m0_, n0_, begin_;
   int which_, more_;           // the factors that come next, and how many tiles of them
-  int left_ = 0, least_ = 0;  // of k; where less is left, tiles take more care
+  int left_ = 0, least_ = 1;  // of k; where less is left, tiles take more care
   typename S::CopyA a_;
   typename S::CopyB b_;
 };
