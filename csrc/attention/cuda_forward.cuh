@@ -22,11 +22,11 @@ struct ForwardShape {
   static constexpr int kDim = kDim_, kBlockN = kBlockN_;  // head_dim and head_dim_v, filled up
   static constexpr int kTilesM = kTilesM_;                // of 16 rows, per warp
   static constexpr bool kGeneral = kGeneral_;             // ScoreRules or dropout
-  static constexpr bool kKeepsQ = kDim <= 64;             // its fragments stay in registers
+  static constexpr bool kKeepsQ = kDim <= 64 && sizeof(T) == 2;  // its fragments stay in registers
   static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kForwardWarps * kWarpRows;
-  static constexpr int kTilesN = kBlockN / 8, kTilesD = kDim / 8, kSteps = kDim / 16;
-  using TileQ = SharedTile<kBlockM, kDim>;
-  using TileKv = SharedTile<kBlockN, kDim>;
+  static constexpr int kTilesN = kBlockN / 8, kTilesD = kDim / 8, kSteps = kDim / kDepth<T>;
+  using TileQ = SharedTile<T, kBlockM, kDim>;
+  using TileKv = SharedTile<T, kBlockN, kDim>;
   static constexpr int kSharedBytes = TileQ::kBytes + 2 * TileKv::kBytes;
 };
 
@@ -58,7 +58,8 @@ class ForwardWarp {
   __device__ __forceinline__ ForwardWarp(uint32_t q, uint32_t k, uint32_t v, int lane) {
     q_ = S::TileQ::lane_a(q, lane);
     k_ = S::TileKv::lane_b(k, lane);
-    v_ = S::TileKv::lane_transposed(v, lane);
+    v_ = S::TileKv::template lane_b_transposed<Order::kPaired>(v, lane);
+    o_ = S::TileQ::lane_accumulator(q, lane);
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       shift_[row] = -INFINITY;
@@ -82,20 +83,20 @@ class ForwardWarp {
     const Accumulator zero = {{0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int step = 0; step < S::kSteps; ++step) {
-      FragmentA fresh[S::kTilesM];
-      FragmentA(&q)[S::kTilesM] = S::kKeepsQ ? kept_[S::kKeepsQ ? step : 0] : fresh;
+      FragmentA<T> fresh[S::kTilesM];
+      FragmentA<T>(&q)[S::kTilesM] = S::kKeepsQ ? kept_[S::kKeepsQ ? step : 0] : fresh;
       if constexpr (!S::kKeepsQ) {
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) read_q(fresh[m], step, m);
       }
 #pragma unroll
       for (int n = 0; n < S::kTilesN; n += 2) {
-        uint32_t b[4];
-        ldmatrix(b, S::TileKv::step_of(k_, step, 8 * n));
+        FragmentB<T> b[2];
+        S::TileKv::load_b(b, k_, step, 8 * n);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(scores_[m][n], q[m], b[0], b[1], step ? scores_[m][n] : zero);
-          mma<T>(scores_[m][n + 1], q[m], b[2], b[3], step ? scores_[m][n + 1] : zero);
+          mma<T>(scores_[m][n], q[m], b[0], step ? scores_[m][n] : zero);
+          mma<T>(scores_[m][n + 1], q[m], b[1], step ? scores_[m][n + 1] : zero);
         }
       }
     }
@@ -174,24 +175,20 @@ class ForwardWarp {
   // output += scores v
   __device__ __forceinline__ void multiply_v() {
 #pragma unroll
-    for (int step = 0; step < S::kBlockN / 16; ++step) {
-      FragmentA p[S::kTilesM];
+    for (int step = 0; step < S::kBlockN / kDepth<T>; ++step) {
+      FragmentA<T> p[S::kTilesM];
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
-        const Accumulator &left = scores_[m][2 * step], &right = scores_[m][2 * step + 1];
-        p[m].r[0] = pack<T>(left.r[0], left.r[1]);
-        p[m].r[1] = pack<T>(left.r[2], left.r[3]);
-        p[m].r[2] = pack<T>(right.r[0], right.r[1]);
-        p[m].r[3] = pack<T>(right.r[2], right.r[3]);
+        to_fragment_a<T>(p[m], &scores_[m][step * kDepth<T> / 8]);
       }
 #pragma unroll
       for (int d = 0; d < S::kTilesD; d += 2) {
-        uint32_t b[4];
-        ldmatrix_transposed(b, S::TileKv::step_of(v_, d / 2, 16 * step));
+        FragmentB<T> b[2];
+        S::TileKv::template load_b_transposed<Order::kPaired>(b, v_, d / 2, kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(output_[m][d], p[m], b[0], b[1], output_[m][d]);
-          mma<T>(output_[m][d + 1], p[m], b[2], b[3], output_[m][d + 1]);
+          mma<T>(output_[m][d], p[m], b[0], output_[m][d]);
+          mma<T>(output_[m][d + 1], p[m], b[1], output_[m][d + 1]);
         }
       }
     }
@@ -218,20 +215,12 @@ class ForwardWarp {
     }
   }
 
-  // The output to the warp's rows of a shared tile.
-  __device__ __forceinline__ void stage_output(uint32_t tile, int first_row, int lane) const {
+  // The output to the warp's rows of the tile of q.
+  __device__ __forceinline__ void stage_output() const {
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-      for (int d = 0; d < S::kTilesD; ++d) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = first_row + 16 * m + 8 * r + lane / 4;
-          const uint32_t pair = pack<T>(output_[m][d].r[2 * r], output_[m][d].r[2 * r + 1]);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + S::TileQ::at(row, d) + lane % 4 * 4),
-                       "r"(pair));
-        }
-      }
+      for (int d = 0; d < S::kTilesD; ++d) S::TileQ::store(o_, 16 * m, d, output_[m][d]);
     }
   }
 
@@ -248,8 +237,8 @@ class ForwardWarp {
     }
   }
 
-  __device__ __forceinline__ void read_q(FragmentA& q, int step, int m) const {
-    ldmatrix(q.r, S::TileQ::step_of(q_, step, 16 * m));
+  __device__ __forceinline__ void read_q(FragmentA<T>& q, int step, int m) const {
+    S::TileQ::load_a(q, q_, step, 16 * m);
   }
 
   __device__ __forceinline__ float exponentiate_row(int row, float scale) {
@@ -277,8 +266,8 @@ class ForwardWarp {
     return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
   }
 
-  uint32_t q_, k_, v_;  // this lane's addresses in the tiles
-  FragmentA kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
+  uint32_t q_, k_, v_, o_;  // this lane's addresses in the tiles
+  FragmentA<T> kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
   Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];
   float shift_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // in powers of 2; of the lane's own columns
 };

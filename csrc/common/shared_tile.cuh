@@ -1,53 +1,195 @@
-// A tile of rows of 16-bit numbers in shared memory, laid out so that ldmatrix, 16-byte copies and
-// the stores of accumulators are all free of bank conflicts.
+// A tile of rows in shared memory, laid out so that ldmatrix, 16-byte copies, plain loads along and
+// across rows, and the stores of accumulators are all free of bank conflicts; and the loads of
+// fragments from it.
 //
-// Columns come in panels of 64 (or 32): panel, row, then 16-byte chunks, whose place within the row
-// is XORed with the row's number, as in CUTLASS's Swizzle<3, 3, 3> (Swizzle<2, 3, 3>).
+// Columns come in panels of 128 (or 64) bytes: panel, row, then 16-byte chunks, whose place within
+// the row is XORed with a linear function of the row's number.
 #pragma once
 
+#include "common/copy_async.cuh"
 #include "common/tensor_core.cuh"
 
 namespace fl {
 
-template <int kRows_, int kColumns_>
+template <class T, int kRows_, int kColumns_>
 struct SharedTile {
-  static constexpr int kRows = kRows_, kColumns = kColumns_;
-  static constexpr int kPanel = kColumns % 64 == 0 ? 64 : 32;
-  static constexpr int kRowBytes = 2 * kPanel, kChunks = kPanel / 8;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kSize = sizeof(T);
+  static constexpr int kPanel = kColumns * kSize % 128 == 0 ? 128 / kSize : 64 / kSize;  // columns
+  static constexpr int kRowBytes = kSize * kPanel, kChunks = kRowBytes / 16;
   static constexpr int kPanelBytes = kRows * kRowBytes;
-  static constexpr int kBytes = 2 * kRows * kColumns;
-  static_assert(kColumns % 32 == 0 && kRows % 8 == 0);
+  static constexpr int kBytes = kSize * kRows * kColumns;
+  static_assert(kColumns * kSize % 64 == 0 && kRows % 8 == 0);
 
-  // Bytes from the tile's start to 8 columns of a row.
+  // Of the 8 rows that share the banks, no two have the same value; 32-bit numbers also need rows t
+  // and rows 2t, t < 4, to differ above the last bit, because their columns are two chunks wide.
+  static __host__ __device__ constexpr int swizzle(int row) {
+    if (kRowBytes == 64) return row >> 1 & 3;
+    return kSize == 2 ? row & 7 : (row >> 2 & 1) * 5 ^ (row & 2) ^ (row & 1) << 2;
+  }
+
+  // Bytes from the tile's start to a chunk of a row.
   static __device__ __forceinline__ uint32_t at(int row, int chunk) {
-    const int swizzle = kPanel == 64 ? row & 7 : row >> 1 & 3;
-    return chunk / kChunks * kPanelBytes + row * kRowBytes + (chunk % kChunks ^ swizzle) * 16;
+    return chunk / kChunks * kPanelBytes + row * kRowBytes + (chunk % kChunks ^ swizzle(row)) * 16;
   }
 
-  // Fragments of 16 columns (number `step`) and 16 rows from `row` on. The lane's own address is
-  // computed once, by lane_a, lane_b or lane_transposed; what comes then is one XOR and immediates.
-  static __device__ __forceinline__ uint32_t step_of(uint32_t lane_address, int step, int row) {
-    return turned(lane_address, step) + row_offset(step, row);
-  }
-  // The two parts of it: the one that takes a register, and the constant.
-  static __device__ __forceinline__ uint32_t turned(uint32_t lane_address, int step) {
-    return lane_address ^ (step % (kPanel / 16)) << 5;
-  }
-  static __device__ constexpr int row_offset(int step, int row) {
-    return step / (kPanel / 16) * kPanelBytes + row * kRowBytes;
+  // From a lane's own address to that of `row` rows and `chunk` chunks further on, both known when
+  // compiled: an XOR and immediates. A lane's own row and chunk have no bit in common with them.
+  static __device__ __forceinline__ uint32_t moved(uint32_t lane_address, int row, int chunk) {
+    return (lane_address ^ (chunk % kChunks ^ swizzle(row)) << 4) + chunk / kChunks * kPanelBytes +
+           row * kRowBytes;
   }
 
-  // a: rows x depth. Matrices in the order of FragmentA.
+  // The lane's own addresses, computed once per tile, for the loads and stores below. `tile` is a
+  // multiple of 128, and so are the bytes of rows that may have been added to it.
   static __device__ __forceinline__ uint32_t lane_a(uint32_t tile, int lane) {
-    return tile + at(lane & 15, lane >> 4);
+    return tile + (kPlain ? at(lane / 4, 0) : at(lane & 15, lane >> 4));
   }
-  // b, its columns being the tile's rows, two times 8 of them: b0, b1 of the first, of the second.
   static __device__ __forceinline__ uint32_t lane_b(uint32_t tile, int lane) {
-    return tile + at((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+    return tile + (kPlain ? at(lane % 4 * 2, 0) : at((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
   }
-  // b, its depth being the tile's rows: the same order, transposed on the way.
-  static __device__ __forceinline__ uint32_t lane_transposed(uint32_t tile, int lane) {
-    return tile + at(lane & 15, lane >> 4);
+  template <Order kOrder = Order::kStraight>
+  static __device__ __forceinline__ uint32_t lane_a_transposed(uint32_t tile, int lane) {
+    if constexpr (kSize == 2) return lane_b(tile, lane);
+    const int row = kPlain ? 0 : kOrder == Order::kPaired ? lane % 4 * 2 : lane % 4;
+    return tile + at(row, lane >> 4) + lane / 4 % 4 * 4;
+  }
+  template <Order kOrder = Order::kStraight>
+  static __device__ __forceinline__ uint32_t lane_b_transposed(uint32_t tile, int lane) {
+    if constexpr (kSize == 2) return lane_a(tile, lane);
+    if constexpr (kPlain) return tile + at(0, lane >> 1 & 1) + (lane & 1) * 8;
+    return lane_a_transposed<kOrder>(tile, lane);
+  }
+  static __device__ __forceinline__ uint32_t lane_accumulator(uint32_t tile, int lane) {
+    const int t = lane % 4;
+    return tile + (kSize == 2 ? at(lane / 4, 0) + 4 * t : at(lane / 4, t >> 1) + (t & 1) * 8);
+  }
+
+  // Fragments whose depth lies along rows: kDepth columns, number `step`, and 16 rows from `row`
+  // on, which are the rows of a, or the columns of two b. `row` is a multiple of 8 everywhere.
+  static __device__ __forceinline__ void load_a(FragmentA<T>& a, uint32_t lane_address, int step,
+                                                int row) {
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_row(a.r[i], lane_address, row + 8 * i, 2 * step);
+    } else {
+      uint32_t words[4];
+      ldmatrix(words, moved(lane_address, row, 2 * step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.set(i, words[i]);
+    }
+  }
+  static __device__ __forceinline__ void load_b(FragmentB<T> (&b)[2], uint32_t lane_address,
+                                                int step, int row) {
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        load_row(b[i / 2].r[i % 2], lane_address, row + i / 2 * 8 + i % 2, 2 * step);
+      }
+    } else {
+      uint32_t words[4];
+      ldmatrix(words, moved(lane_address, row, 2 * step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, words[i]);
+    }
+  }
+
+  // Fragments whose depth lies across rows: kDepth rows from `row` on, in kOrder, and 16 columns,
+  // number `pair`, which are the rows of a, or the columns of two b.
+  template <Order kOrder = Order::kStraight>
+  static __device__ __forceinline__ void load_a_transposed(FragmentA<T>& a, uint32_t lane_address,
+                                                           int pair, int row) {
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t word =
+            load_word(moved(lane_address, row + i / 2, kPairChunks * pair + i % 2 * 2));
+        a.r[i % 2][i / 2] = __uint_as_float(word);
+      }
+    } else {
+      uint32_t words[4];
+      load_across<kOrder>(words, lane_address, pair, row);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a.set(i, words[i]);
+    }
+  }
+  template <Order kOrder = Order::kStraight>
+  static __device__ __forceinline__ void load_b_transposed(FragmentB<T> (&b)[2],
+                                                           uint32_t lane_address, int pair,
+                                                           int row) {
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        float (&to)[2][8] = b[i % 2].r;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(to[0][i / 2]), "=f"(to[1][i / 2])
+                     : "r"(moved(lane_address, row + i / 2, kPairChunks * pair + i % 2 * 2)));
+      }
+    } else {
+      uint32_t words[4];
+      load_across<kOrder>(words, lane_address, pair, row);
+      // 16 bits: the lanes give rows first, then chunks; 32 bits: as for a.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kSize == 2) b[i / 2].set(i % 2, words[i]);
+        if constexpr (kSize == 4) b[i % 2].set(i / 2, words[i]);
+      }
+    }
+  }
+
+  // The accumulator, rounded to T, to 16 rows from `row` on and 8 columns, number `column`.
+  static __device__ __forceinline__ void store(uint32_t lane_address, int row, int column,
+                                               const Accumulator& c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t to = moved(lane_address, row + 8 * i, kSize / 2 * column);
+      if constexpr (kSize == 2) {
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<T>(c.r[2 * i], c.r[2 * i + 1])));
+      } else {
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(c.r[2 * i]),
+                     "f"(c.r[2 * i + 1]));
+      }
+    }
+  }
+
+ private:
+  // 32-bit numbers that no tensor core multiplies.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr bool kPlain = kSize == 4;
+#else
+  static constexpr bool kPlain = false;
+#endif
+  static constexpr int kPairChunks = kSize;  // of 16 columns
+
+  static __device__ __forceinline__ uint32_t load_word(uint32_t address) {
+    uint32_t word;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
+  }
+
+  static __device__ __forceinline__ void load_row(float (&to)[8], uint32_t lane_address, int row,
+                                                  int chunk) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(to[i]), "=f"(to[i + 1]), "=f"(to[i + 2]), "=f"(to[i + 3])
+                   : "r"(moved(lane_address, row, chunk + i / 4)));
+    }
+  }
+
+  // ldmatrix turns matrices of 16-bit numbers around; of 32-bit ones a lane reads its own four.
+  template <Order kOrder>
+  static __device__ __forceinline__ void load_across(uint32_t (&words)[4], uint32_t lane_address,
+                                                     int pair, int row) {
+    if constexpr (kSize == 2) {
+      ldmatrix_transposed(words, moved(lane_address, row, kPairChunks * pair));
+    } else {
+      constexpr int kStep = kOrder == Order::kPaired ? 1 : 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] =
+            load_word(moved(lane_address, row + i / 2 * kStep, kPairChunks * pair + i % 2 * 2));
+      }
+    }
   }
 };
 
@@ -57,6 +199,7 @@ struct SharedTile {
 template <class Tile, int kThreads, class T>
 class TileCopy {
   static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;
+  static constexpr int kChunk = 16 / sizeof(T);  // columns
   static_assert(Tile::kRows % kStep == 0 && kStep % 8 == 0);
 
  public:
@@ -67,7 +210,7 @@ class TileCopy {
     thread_row_ = thread / Tile::kChunks;
     chunk_ = thread % Tile::kChunks;
     to_ = tile + Tile::at(thread_row_, chunk_);
-    at_ = data + (row + thread_row_) * stride + 8 * chunk_;
+    at_ = data + (row + thread_row_) * stride + kChunk * chunk_;
     aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
     whole_rows_ = aligned_ && columns == Tile::kColumns ? rows : 0;
   }
@@ -92,24 +235,24 @@ class TileCopy {
     for (int r = 0; r < Tile::kRows; r += kStep) {
       const bool inside = row_ - Tile::kRows + thread_row_ + r < rows_;
       for (int panel = 0; panel < kPanels; ++panel) {
-        const int left = columns_ - panel * Tile::kPanel - 8 * chunk_;
+        const int left = columns_ - panel * Tile::kPanel - kChunk * chunk_;
         copy_chunk(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   at_ + panel * Tile::kPanel, inside ? min(max(left, 0), 8) : 0);
+                   at_ + panel * Tile::kPanel, inside ? min(max(left, 0), kChunk) : 0);
       }
       at_ += step_;
     }
   }
 
-  // `count` of eight columns: by an asynchronous copy, or one by one.
+  // `count` numbers of a chunk: by an asynchronous copy, or one by one.
   __device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int count) const {
     bool whole = aligned_;
 #if __CUDA_ARCH__ < 800
-    whole = whole && (count == 8 || count == 0);
+    whole = whole && (count == kChunk || count == 0);
 #endif
-    if (whole) return copy_async(to, from, 2 * count);
-    T values[8];
+    if (whole) return copy_async(to, from, static_cast<int>(sizeof(T)) * count);
+    alignas(16) T values[kChunk];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : T(0.0f);
+    for (int i = 0; i < kChunk; ++i) values[i] = i < count ? from[i] : T(0.0f);
     const uint4 bits = *reinterpret_cast<const uint4*>(values);
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
                  "r"(bits.z), "r"(bits.w));

@@ -1,65 +1,151 @@
-// Tensor-core products of 16-bit matrices, and how their operands come from shared memory. One
-// interface for sm_75 (m16n8k8, float16 only, plain copies) and sm_80 and newer (m16n8k16,
-// cp.async).
+// Products of matrices by one warp, d (16 x 8) = a (16 x kDepth) b (kDepth x 8) + c, behind one
+// interface for every dtype and architecture:
 //
-// Fragments of a warp, lane = 4 * g + t (PTX ISA, mma.m16n8k16): of the accumulator c (16 x 8) a
-// lane holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); of a (16 x 16) pairs of columns of
-// rows g and g + 8, first k < 8, then k >= 8; of b (16 x 8) pairs of rows of column g, likewise.
+//   T                 sm_80 and newer                            sm_75
+//   __half            mma.m16n8k16                               two mma.m16n8k8
+//   __nv_bfloat16     mma.m16n8k16                               none (kHasMma)
+//   float             three mma.m16n8k8 of TF32, float32's       fused multiply-adds
+//                     accuracy
+//   Tf32              one mma.m16n8k8 of TF32                    fused multiply-adds
+//
+// Lane 4 g + t holds (PTX ISA, mma.m16n8k16 and mma.m16n8k8), a word being two 16-bit numbers or
+// one float and s counting words of depth:
+//   Accumulator   (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   FragmentA     (g, s = t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//   FragmentB     (s = t, g), (t + 4, g)
+// and where float is multiplied without tensor cores, the rows g and g + 8 of a, the columns 2t and
+// 2t + 1 of b. common/shared_tile.cuh loads them.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fl {
 
-struct FragmentA {
-  uint32_t r[4];
+// A float of which the first 10 bits after the point are multiplied: torch's allow_tf32.
+struct Tf32 {
+  float value;
 };
+
+template <class T>
+constexpr int kDepth = 32 / sizeof(T);
+
+// Whether T can be multiplied here: a kernel's body is empty where it cannot.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+constexpr bool kHasMma = !std::is_same_v<T, __nv_bfloat16>;
+#else
+template <class T>
+constexpr bool kHasMma = true;
+#endif
+
 struct Accumulator {
   float r[4];
 };
 
+// kWords words of T; set() takes one as it is in memory.
+template <class T, int kWords>
+struct Fragment {
+  uint32_t r[kWords];
+  __device__ __forceinline__ void set(int i, uint32_t word) { r[i] = word; }
+};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+struct FloatRows {
+  float r[2][8];
+};
+template <int kWords>
+struct Fragment<float, kWords> : FloatRows {};
+template <int kWords>
+struct Fragment<Tf32, kWords> : FloatRows {};
+#else
+// x = big + small, up to 2^-23 |x|. Tensor cores do not read the last 13 bits, so that `small`
+// needs no rounding; it is NaN where x is NaN or infinite.
+template <int kWords>
+struct Fragment<float, kWords> {
+  uint32_t big[kWords], small[kWords];
+  __device__ __forceinline__ void set(int i, uint32_t word) {
+    big[i] = word + 0x1000u & 0xffffe000u;
+    small[i] = __float_as_uint(__uint_as_float(word) - __uint_as_float(big[i]));
+  }
+};
+template <int kWords>
+struct Fragment<Tf32, kWords> {
+  uint32_t r[kWords];
+  __device__ __forceinline__ void set(int i, uint32_t word) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r[i]) : "f"(__uint_as_float(word)));
+  }
+};
+#endif
+
+template <class T>
+using FragmentA = Fragment<T, 4>;
+template <class T>
+using FragmentB = Fragment<T, 2>;
+
+#define FL_MMA(instruction, names, c, ...)                              \
+  asm volatile(instruction " {%0, %1, %2, %3}, " names ";"              \
+               : "=f"(d.r[0]), "=f"(d.r[1]), "=f"(d.r[2]), "=f"(d.r[3]) \
+               : __VA_ARGS__, "f"(c.r[0]), "f"(c.r[1]), "f"(c.r[2]), "f"(c.r[3]))
+#define FL_MMA_FULL(instruction)                                                                   \
+  FL_MMA(instruction, "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13}", c, "r"(a[0]), "r"(a[1]), \
+         "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define FL_MMA_HALF(i, c)                                                                         \
+  FL_MMA("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}, {%6}, {%7, %8, %9, %10}", \
+         c, "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]))
+
+// The instruction for words of T.
+template <class T>
+__device__ __forceinline__ void mma_words(Accumulator& d, const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2], const Accumulator& c) {
+#if !defined(__CUDA_ARCH__)
+#elif __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    FL_MMA_FULL("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    FL_MMA_FULL("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else {
+    static_assert(std::is_same_v<T, Tf32>);
+    FL_MMA_FULL("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+#else
+  static_assert(std::is_same_v<T, __half>, "no such product before sm_80");
+  FL_MMA_HALF(0, c);
+  FL_MMA_HALF(1, d);
+#endif
+}
+#undef FL_MMA_HALF
+#undef FL_MMA_FULL
+#undef FL_MMA
+
 // d = a b + c
 template <class T>
-__device__ __forceinline__ void mma(Accumulator& d, const FragmentA& a, uint32_t b0, uint32_t b1,
-                                    const Accumulator& c);
-
-#define FL_MMA(instruction, a_names, b_names, c_names, ...)                            \
-  asm volatile(instruction " {%0, %1, %2, %3}, " a_names ", " b_names ", " c_names ";" \
-               : "=f"(d.r[0]), "=f"(d.r[1]), "=f"(d.r[2]), "=f"(d.r[3])                \
-               : __VA_ARGS__, "f"(c.r[0]), "f"(c.r[1]), "f"(c.r[2]), "f"(c.r[3]))
-#define FL_MMA16(types)                                                                         \
-  FL_MMA("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32", "{%4, %5, %6, %7}", "{%8, %9}", \
-         "{%10, %11, %12, %13}", "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0),   \
-         "r"(b1))
-
-template <>
-__device__ __forceinline__ void mma<__half>(Accumulator& d, const FragmentA& a, uint32_t b0,
-                                            uint32_t b1, const Accumulator& c) {
-#if __CUDA_ARCH__ >= 800
-  FL_MMA16("f16.f16");
+__device__ __forceinline__ void mma(Accumulator& d, const FragmentA<T>& a, const FragmentB<T>& b,
+                                    const Accumulator& c) {
+  if constexpr (sizeof(T) == 2) {
+    mma_words<T>(d, a.r, b.r, c);
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float sum = c.r[i];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum = fmaf(a.r[i / 2][k], b.r[i % 2][k], sum);
+      d.r[i] = sum;
+    }
 #else
-  FL_MMA("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", "{%4, %5}", "{%6}",
-         "{%7, %8, %9, %10}", "r"(a.r[0]), "r"(a.r[1]), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d.r[0]), "+f"(d.r[1]), "+f"(d.r[2]), "+f"(d.r[3])
-      : "r"(a.r[2]), "r"(a.r[3]), "r"(b1));
+    if constexpr (std::is_same_v<T, Tf32>) {
+      mma_words<Tf32>(d, a.r, b.r, c);
+    } else {  // small * small is below float32's accuracy
+      mma_words<Tf32>(d, a.small, b.big, c);
+      mma_words<Tf32>(d, a.big, b.small, d);
+      mma_words<Tf32>(d, a.big, b.big, d);
+    }
 #endif
+  }
 }
-
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(Accumulator& d, const FragmentA& a, uint32_t b0,
-                                                   uint32_t b1, const Accumulator& c) {
-#if __CUDA_ARCH__ >= 800
-  FL_MMA16("bf16.bf16");
-#endif
-}
-#undef FL_MMA16
-#undef FL_MMA
 
 // Two numbers to one register, the first in the lower half.
 template <class T>
@@ -75,47 +161,44 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+// In which order rows of memory become the depth of a product: one after the other, or as the
+// columns of an accumulator do that becomes `a` (float: slot t is 2t, slot t + 4 is 2t + 1; the
+// same for 16 bits).
+enum class Order { kStraight, kPaired };
 
-// Four 8 x 8 matrices of 16-bit numbers; lanes 8 m to 8 m + 7 give the rows of matrix m, which lie
-// kOffset bytes behind their addresses.
-template <int kOffset = 0>
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset));
-}
-template <int kOffset = 0>
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset));
-}
-
-// 16 bytes from global to shared memory, of which `bytes` are read and the rest are zero.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+// a from kDepth / 8 accumulators beside each other; b's depth is in Order::kPaired.
+template <class T>
+__device__ __forceinline__ void to_fragment_a(FragmentA<T>& a, const Accumulator* c) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.r[i] = pack<T>(c[i / 2].r[i % 2 * 2], c[i / 2].r[i % 2 * 2 + 1]);
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#pragma unroll
+    for (int column = 0; column < 8; ++column) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        a.r[row][column] = __shfl_sync(~0u, c->r[2 * row + column % 2], column / 2, 4);
+      }
+    }
 #else
-  uint4 value = make_uint4(0, 0, 0, 0);
-  if (bytes > 0) value = *static_cast<const uint4*>(from);
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.set(i, __float_as_uint(c->r[i % 2 * 2 + i / 2]));
 #endif
+  }
 }
-__device__ __forceinline__ void commit_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;");
-#endif
+
+// Four 8 x 8 matrices of 16-bit numbers, or 8 x 4 of 32-bit ones; lanes 8 m to 8 m + 7 give the
+// rows of matrix m.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
 }
-// All but the last kPending groups of copies by this thread have arrived.
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

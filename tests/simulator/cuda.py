@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulator.build import ROOT
 from tests.simulator.module import Module
 
 
@@ -23,7 +24,8 @@ def compile_cuda(source, arch="80"):
         if isinstance(source, str):
             file = Path(folder) / "kernel.cu"
             file.write_text(source)
-        command = [*nvcc, "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{arch}", str(file), "-o", "-"]
+        options = ["-std=c++20", "-O3", "-lineinfo", f"-I{ROOT}/csrc", "-ptx", f"-arch=compute_{arch}"]
+        command = [*nvcc, *options, str(file), "-o", "-"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc: {done.stderr[-2000:]}")

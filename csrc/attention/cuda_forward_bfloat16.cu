@@ -1,0 +1,5 @@
+#include "attention/cuda_forward_kernel.cuh"
+
+namespace fl {
+template void forward_of<__nv_bfloat16>(const AttentionForward& p, cudaStream_t stream);
+}

@@ -1,0 +1,5 @@
+#include "attention/cuda_forward_kernel.cuh"
+
+namespace fl {
+template void forward_of<__half>(const AttentionForward& p, cudaStream_t stream);
+}

@@ -1,0 +1,39 @@
+// Copies of 16 bytes from global to shared memory: cp.async from sm_80 on, a load and a store
+// before.
+#pragma once
+
+#include <cstdint>
+
+namespace fl {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Of the 16 bytes `bytes` are read and the rest is zero; before sm_80, bytes is 0 or 16.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+#else
+  uint4 value = make_uint4(0, 0, 0, 0);
+  if (bytes > 0) value = *static_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w));
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;");
+#endif
+}
+
+// All but the last kPending groups of copies by this thread have arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace fl
