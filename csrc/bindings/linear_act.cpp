@@ -7,7 +7,7 @@ namespace {
 
 struct Cpu {
   static constexpr bool kAnyLayout = true, kRecomputes = false;
-  explicit Cpu(const Tensor&) {}
+  Cpu(const Tensor&, bool) {}
   void gemm(const LinearActGemm& g) const { FL_CALL_CPU_KERNEL(linear_act_gemm, g); }
   void backward(const ActivationBackward& p) const { FL_CALL_CPU_KERNEL(activation_backward, p); }
   void admit(const Tensor&, const char*) const {}

@@ -11,12 +11,14 @@ class Cuda {
  public:
   static constexpr bool kAnyLayout = false, kRecomputes = true;
 
-  explicit Cuda(const Tensor& tensor) : device_(tensor.get_device_index()) {
+  Cuda(const Tensor& tensor, bool allow_tf32)
+      : device_(tensor.get_device_index()), allow_tf32_(allow_tf32) {
     FL_CHECK(cuda_linear_act_gemm != nullptr,
              "fastlayers was built without CUDA kernels; rebuild it where nvcc is found");
   }
 
-  void gemm(const LinearActGemm& g) const {
+  void gemm(LinearActGemm g) const {
+    g.allow_tf32 = allow_tf32_;
     const Tensor workspace = floats(cuda_linear_act_gemm_workspace(g));
     cuda_linear_act_gemm(g, static_cast<float*>(workspace.data_ptr()), device_.stream());
   }
@@ -31,6 +33,7 @@ class Cuda {
   Tensor floats(int64_t count) const { return device_.empty({count}, ScalarType::Float); }
 
   CudaDevice device_;
+  bool allow_tf32_;
 };
 
 }  // namespace

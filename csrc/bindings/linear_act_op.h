@@ -1,7 +1,7 @@
 // linear_act and gated_linear_act: checks that memory safety needs, allocation, and which products
 // make up a forward and a backward. What a device adds, Cpu in linear_act.cpp for one:
 //
-//   Device(tensor)     of the tensors of a call
+//   Device(tensor, allow_tf32)   of the tensors of a call
 //   kAnyLayout         whether its products take factors however they lie; else copies are made of
 //                      an input or, in the forward, a weight whose columns are not dense
 //   kRecomputes        whether gemm takes dout
@@ -152,8 +152,8 @@ void run_product(const Device& device, const Tensor& input, const Parameters& pa
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input, const Parameters& parameters,
                                                const std::string& activation,
-                                               bool save_preactivation) {
-  const Device device(input);
+                                               bool save_preactivation, bool allow_tf32) {
+  const Device device(input, allow_tf32);
   FL_CHECK(parameters.weight[0]->dim() == 2, "linear_act: weight has to have two dimensions");
   const auto sizes = sizes_with_last(input, parameters.weight[0]->size(0));
   Tensor out = empty(device, input, sizes), z[2] = {nothing(input), nothing(input)};
@@ -169,19 +169,21 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& input, const Parame
 
 template <class Device>
 std::tuple<Tensor, Tensor> forward(Tensor input, Tensor weight, OptionalTensor bias,
-                                   std::string activation, bool save_preactivation) {
+                                   std::string activation, bool save_preactivation,
+                                   bool allow_tf32) {
   auto [out, z, none] =
       run_forward<Device>(input, {{&weight, nullptr}, {&bias, nullptr}}, activation,
-                          save_preactivation);
+                          save_preactivation, allow_tf32);
   return {out, z};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gated_forward(Tensor input, Tensor weight_gate, Tensor weight_up,
                                                  OptionalTensor bias_gate, OptionalTensor bias_up,
-                                                 std::string activation, bool save_preactivation) {
+                                                 std::string activation, bool save_preactivation,
+                                                 bool allow_tf32) {
   return run_forward<Device>(input, {{&weight_gate, &weight_up}, {&bias_gate, &bias_up}},
-                             activation, save_preactivation);
+                             activation, save_preactivation, allow_tf32);
 }
 
 // What the backward knows of the forward's one or two products (gated): `count` of everything.
@@ -330,8 +332,9 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor input,
                                             OptionalTensor weight, OptionalTensor bias,
                                             OptionalTensor preactivation, std::string name,
-                                            bool needs_input, bool needs_weight, bool needs_bias) {
-  const Device device(dout);
+                                            bool needs_input, bool needs_weight, bool needs_bias,
+                                            bool allow_tf32) {
+  const Device device(dout, allow_tf32);
   const Activation activation = activation_from_name(name);
   const Matrix grad(device, dout, true);
   Saved saved{1, input, {&weight, nullptr}, {&bias, nullptr}, {preactivation, std::nullopt}};
@@ -356,8 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(
     Tensor dout, OptionalTensor input, OptionalTensor weight_gate, OptionalTensor weight_up,
     OptionalTensor bias_gate, OptionalTensor bias_up, OptionalTensor gate, OptionalTensor up,
     std::string name, bool needs_input, bool needs_weight_gate, bool needs_weight_up,
-    bool needs_bias_gate, bool needs_bias_up) {
-  const Device device(dout);
+    bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) {
+  const Device device(dout, allow_tf32);
   const Matrix grad(device, dout, true);
   if (!gate || !up) gate = up = std::nullopt;
   Saved saved{2, input, {&weight_gate, &weight_up}, {&bias_gate, &bias_up}, {gate, up}};

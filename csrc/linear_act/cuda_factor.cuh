@@ -2,23 +2,11 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
-#include "common/shared_tile.cuh"
+#include "linear_act/cuda_product.cuh"
 #include "linear_act/params.h"
 
 namespace fl {
-
-// f<0>(), f<1>(), ...: with constants, for instructions that take one.
-template <int kCount, class F>
-__device__ __forceinline__ void repeat(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (f.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
-
-// The compiler computes what is cheap again and again; not what has been through here.
-__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 constexpr int kGemmThreads = 128, kBlockRows = 128;  // rows of a and rows of b per block
 
@@ -32,13 +20,14 @@ struct FactorRows {
 // One thread's share of the tiles of one factor, each kBlockRows rows by kDepth of k, laid out as in
 // memory: kDense: rows of kDepth elements, else kDepth rows of kBlockRows elements. Places in shared
 // memory are one number, XORs and additions with constants; copies are of 16 bytes.
-template <class T, bool kDense, int kDepth>
+template <class T_, bool kDense, int kDepth>
 class FactorCopy {
+  using T = std::conditional_t<std::is_same_v<T_, Tf32>, float, T_>;  // in memory
   static constexpr int kChunk = 16 / sizeof(T);
 
  public:
-  using Tile = std::conditional_t<kDense, SharedTile<kBlockRows, kDepth>,
-                                  SharedTile<kDepth, kBlockRows>>;
+  using Tile = std::conditional_t<kDense, SharedTile<T_, kBlockRows, kDepth>,
+                                  SharedTile<T_, kDepth, kBlockRows>>;
   static constexpr int kCopies = Tile::kBytes / 16 / kGemmThreads;
 
   // k_begin: where the first tile begins. second: the factor of the odd rows of 32 where gated.
@@ -95,10 +84,15 @@ class FactorCopy {
                        register_part(stage, i)),
                    "l"(from), "n"(kOffset + constant_part(i)), "n"(source_constant(i)));
 #else
-      held_[i] = *reinterpret_cast<const uint4*>(from + source_constant(i));
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + source_constant(i));
+      if constexpr (kHolds) {
+        held_[i] = bits;
+      } else {
+        store(register_part(stage, i) + kOffset + constant_part(i), bits);
+      }
 #endif
     });
-    holds_ = true;
+    holds_ = kHolds;
   }
 
   // On to the next tile.
@@ -114,7 +108,7 @@ class FactorCopy {
   // What copy() took, where it could not be asynchronous.
   __device__ __forceinline__ void deposit(uint32_t tile) {
 #if __CUDA_ARCH__ < 800
-    if (!holds_) return;
+    if (!kHolds || !holds_) return;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) store(register_part(tile, i) + constant_part(i), held_[i]);
     holds_ = false;
@@ -144,6 +138,8 @@ class FactorCopy {
   }
 
  private:
+  // Whether copies wait in registers: float32 has none to spare.
+  static constexpr bool kHolds = sizeof(T) == 2;
   static constexpr bool kTileIs128 = Tile::kRowBytes == 128;
   static constexpr int kPanels = Tile::kColumns / Tile::kPanel;
   static constexpr int kRowStep = kGemmThreads / Tile::kChunks;
@@ -182,7 +178,7 @@ class FactorCopy {
   int column_, row_, columns_;
   bool aligned_, whole_, holds_ = false;
 #if __CUDA_ARCH__ < 800
-  uint4 held_[kCopies];
+  uint4 held_[kHolds ? kCopies : 1];
 #endif
 };
 

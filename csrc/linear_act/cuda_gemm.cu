@@ -68,8 +68,9 @@ void cuda_linear_act_gemm(const LinearActGemm& g, float* workspace, void* stream
                plan.arch / 10, ".", plan.arch % 10);
       launch_gemm_bfloat16(plan);
       break;
-    default:
-      fail("linear_act: the CUDA kernels take float16 and bfloat16");
+    case DType::kFloat32:
+      g.allow_tf32 && plan.arch >= 80 ? launch_gemm_tf32(plan) : launch_gemm_float32(plan);
+      break;
   }
   if (plan.call.splits > 1) add_parts(plan.call, stream);
 }

@@ -38,6 +38,8 @@ void launch_gemm_for_layout(const GemmPlan& plan) {
          : a ? launch_gemm<T, true, false>(plan) : launch_gemm<T, false, false>(plan);
 }
 
+void launch_gemm_float32(const GemmPlan& plan);
+void launch_gemm_tf32(const GemmPlan& plan);
 void launch_gemm_float16(const GemmPlan& plan);
 void launch_gemm_bfloat16(const GemmPlan& plan);
 

@@ -47,6 +47,9 @@ struct LinearActGemm {
   const void* dout = nullptr;  // (m, n), n dense
   int64_t dout_stride = 0;
   void* out_up = nullptr;  // (m, n) dense
+
+  // float32 on tensor cores: whether the first 10 bits after the point are enough.
+  bool allow_tf32 = false;
 };
 
 // out = activation(z[0] + bias[0]), or gated, activation(z[0] + bias[0]) * (z[1] + bias[1]).
