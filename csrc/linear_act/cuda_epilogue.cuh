@@ -2,10 +2,33 @@
 // gradient of it.
 #pragma once
 
+#include <type_traits>
+
 #include "linear_act/cuda_chunk.cuh"
 #include "linear_act/params.h"
 
 namespace fl {
+
+// Sum i of (row, column) once more, by fused multiply-adds: where products of TF32 made NaN of
+// infinities and of numbers that round to one, and where sums are so short that the 2^-23 that a
+// factor may lose in them shows.
+constexpr int kShortSum = 8;
+__device__ __forceinline__ float sum_again(const LinearActGemm& g, int i, int64_t row,
+                                           int64_t column) {
+  const auto read = [](const GemmFactor& factor, int64_t r, int64_t k) {
+    const int64_t at = factor.k_dense ? r * factor.stride + k : k * factor.stride + r;
+    return static_cast<const float*>(factor.data)[at];
+  };
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int which = 0; which < 2; ++which) {
+#pragma unroll 1
+    for (int64_t k = 0; k < g.k[which]; ++k) {
+      sum = fmaf(read(g.a[which], row, k), read(g.b[which + i], column, k), sum);
+    }
+  }
+  return sum;
+}
 
 // The columns [column, column + kChunk) of out, of which `count` are there: what all rows share.
 // kActivates: whether there is more to do than to store.
@@ -27,6 +50,10 @@ class Epilogue {
   // sums: of the product, and of the gated form's second.
   __device__ __forceinline__ void store(int64_t row, Values sums, Values sums_up) const {
     const int64_t index = row * g_.n + column_;
+    if constexpr (std::is_same_v<T, float>) {
+      repair(sums, 0, row);
+      if (kActivates && g_.form == LinearActGemm::Form::kGated) repair(sums_up, 1, row);
+    }
     if constexpr (!kActivates) {
       return sums.store(static_cast<T*>(g_.out) + index, count_);
     } else {
@@ -47,6 +74,21 @@ class Epilogue {
   }
 
  private:
+  __device__ __forceinline__ void repair(Values& sums, int i, int64_t row) const {
+    if (g_.a[0].data == nullptr) return;
+    const bool is_short = g_.k[0] + g_.k[1] <= kShortSum;
+    float all = 0.0f;  // NaN where one is not finite
+#pragma unroll
+    for (float x : sums.v) all += x * 0.0f;
+    if (all == 0.0f && !is_short) return;
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+      if ((is_short || !isfinite(sums.v[e])) && e < count_) {
+        sums.v[e] = sum_again(g_, i, row, column_ + e);
+      }
+    }
+  }
+
   const LinearActGemm& g_;
   int64_t column_;
   int count_;

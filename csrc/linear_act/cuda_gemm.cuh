@@ -43,7 +43,7 @@ struct GemmShape {
   // Without tensor cores a step's fragments fill too many registers to stay, and its products are
   // too many instructions to be written out for every step.
   static constexpr bool kRowsStay = kArch_ >= 80 || sizeof(T) == 2;
-  static constexpr int kUnrolled = kRowsStay ? kSteps : 1;
+  static constexpr int kUnrolled = sizeof(T) == 2 ? kSteps : 1;
   using CopyA = FactorCopy<T, kDenseA, kTileDepth>;
   using CopyB = FactorCopy<T, kDenseB, kTileDepth>;
   static constexpr int kTileB = CopyA::Tile::kBytes;  // where it begins in a stage

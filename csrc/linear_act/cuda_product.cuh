@@ -149,8 +149,8 @@ class DirectProduct : public WarpSums<S> {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           if (!S::kRowsStay) load_rows(rows[m], stage, step, m);
-          mma<T>(this->sums[m][n], rows[m], columns[0], this->sums[m][n]);
-          mma<T>(this->sums[m][n + 1], rows[m], columns[1], this->sums[m][n + 1]);
+          add(this->sums[m][n], rows[m], columns[0]);
+          add(this->sums[m][n + 1], rows[m], columns[1]);
         }
       }
     }
@@ -158,6 +158,20 @@ class DirectProduct : public WarpSums<S> {
   __device__ __forceinline__ void finish() {}
 
  private:
+  // float32: tensor cores would round the long sum three times per step, and towards zero; it is
+  // added to by itself. Ootomo & Yokota 2022, arXiv:2203.03341.
+  static __device__ __forceinline__ void add(Accumulator& sum, const FragmentA<T>& rows,
+                                             const FragmentB<T>& columns) {
+    if constexpr (std::is_same_v<T, float> && S::kRowsStay) {
+      Accumulator more = {{0.0f, 0.0f, 0.0f, 0.0f}};
+      mma<T>(more, rows, columns, more);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.r[i] += more.r[i];
+    } else {
+      mma<T>(sum, rows, columns, sum);
+    }
+  }
+
   __device__ __forceinline__ void load_rows(FragmentA<T>& rows, uint32_t stage, int step, int m) {
     if constexpr (S::kDenseA) {
       TileA::load_a(rows, stage + this->a_, step, 16 * m);
