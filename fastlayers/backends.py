@@ -1,4 +1,7 @@
-"""Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch)."""
+"""Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch).
+
+cublas is a fifth for linear layers: torch's own product and one CUDA pass for bias and activation.
+"""
 
 import functools
 import os
@@ -7,7 +10,7 @@ import torch
 
 from fastlayers import _native, choices
 
-NAMES = ("cpu", "cuda", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "cublas", "reference")
 
 
 class BackendError(RuntimeError):
@@ -25,8 +28,8 @@ cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
 def operators(backend):
-    """The torch.ops namespace with the operators of the backend cpu or cuda."""
-    return cuda_operators if backend == "cuda" else torch.ops.fastlayers
+    """The torch.ops namespace with the operators of the backend cpu, cuda or cublas."""
+    return cuda_operators if backend in ("cuda", "cublas") else torch.ops.fastlayers
 
 
 def register(op, *, facts, **reasons):

@@ -20,7 +20,7 @@ class Choice:
     arch:     "sm_80": this architecture and newer ones that have no entries of their own
     sizes:    what the op's facts call sizes, all positive
     gradient: forward and backward together were compared, not the forward alone
-    source:   "simulated: ..." or "measured: ...", with what and when
+    source:   "estimated: ..." (from counts and published rates) or "measured: ...", on what and when
     """
 
     op: str

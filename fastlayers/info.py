@@ -104,9 +104,9 @@ def machine_reason(backend):
         return backends.native_reason({"device": "cpu", "dtype": torch.float32})
     if backend == "reference":
         return None
-    if backend == "cuda" and _native.error:
+    if backend in ("cuda", "cublas") and _native.error:
         return _native.error
-    if backend == "cuda" and not _native.build_info().get("nvcc"):
+    if backend in ("cuda", "cublas") and not _native.build_info().get("nvcc"):
         return "the library was built without CUDA; install nvcc 12.4 or newer and reinstall fastlayers"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"

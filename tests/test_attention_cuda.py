@@ -1,10 +1,10 @@
-"""The CUDA kernels of attention: the forward pass, against the reference by the tolerance rule."""
+"""The CUDA kernels of attention: outputs and every gradient, against the reference by the tolerance rule."""
 
 import pytest
 import torch
 
 from fastlayers import backends, ops
-from tests.attention_cases import check, qkv, randn
+from tests.attention_cases import check, qkv, randn, run
 from tests.backends import ARCH, BACKENDS, SIMULATED, device_of
 from tests.test_attention import ODD, OPTIONS, rng
 
@@ -15,11 +15,11 @@ on_dtypes = pytest.mark.parametrize("dtype", [torch.float16] if OLD else [torch.
 
 @pytest.fixture(autouse=True)
 def device():
-    with device_of("cuda"), torch.no_grad():
+    with device_of("cuda"):
         yield
 
 
-def check_forward(function, query, key, value, what="", **options):
+def check_cuda(function, query, key, value, what="", **options):
     tensors = {name: options.pop(name) for name in ("attn_mask", "alibi_slopes", "sinks") if name in options}
     return check(function, {"query": query, "key": key, "value": value, **tensors}, "cuda", what, **options)
 
@@ -28,7 +28,7 @@ def check_forward(function, query, key, value, what="", **options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, dtype):
     sizes, tensors, options = OPTIONS[name]
-    check_forward(ops.attention, *qkv(dtype, **sizes), name, **tensors, **options)
+    check_cuda(ops.attention, *qkv(dtype, **sizes), name, **tensors, **options)
 
 
 @on_dtypes
@@ -37,7 +37,7 @@ def test_options(name, dtype):
 def test_odd_sequence_lengths(seqlen_q, causal, dtype):
     for seqlen_k in ODD:
         sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "batch": 1, "heads_q": 2}
-        check_forward(ops.attention, *qkv(dtype, **sizes), f"{seqlen_q} x {seqlen_k}", is_causal=causal)
+        check_cuda(ops.attention, *qkv(dtype, **sizes), f"{seqlen_q} x {seqlen_k}", is_causal=causal)
 
 
 @on_dtypes
@@ -46,23 +46,23 @@ def test_head_dims(head_dim, dtype):
     for head_dim_v in {head_dim, 24, 130}:
         sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "batch": 1, "heads_q": 2, "seqlen_q": 70}
         what = f"head_dim {head_dim}, {head_dim_v}"
-        check_forward(ops.attention, *qkv(dtype, **sizes), what, is_causal=True)
-        check_forward(ops.attention, *qkv(dtype, **sizes), what, softcap=3.0, dropout_p=0.2, dropout_rng=rng())
+        check_cuda(ops.attention, *qkv(dtype, **sizes), what, is_causal=True)
+        check_cuda(ops.attention, *qkv(dtype, **sizes), what, softcap=3.0, dropout_p=0.2, dropout_rng=rng())
 
 
 @on_dtypes
 def test_strides(dtype):
     """Heads inside the sequence, rows that are not aligned, tensors that begin anywhere, broadcast heads."""
     packed = randn(2, 65, 3, 4, 32, dtype=dtype)
-    check_forward(ops.attention, *packed.permute(2, 0, 3, 1, 4), "packed", is_causal=True)
+    check_cuda(ops.attention, *packed.permute(2, 0, 3, 1, 4), "packed", is_causal=True)
     odd = randn(3, 2, 4, 65, 33, dtype=dtype, seed=2)
-    check_forward(ops.attention, *odd[..., 1:], "rows of 33, from the second on")
-    check_forward(ops.attention, *odd[..., :32], "rows of 33")
+    check_cuda(ops.attention, *odd[..., 1:], "rows of 33, from the second on")
+    check_cuda(ops.attention, *odd[..., :32], "rows of 33")
     query, key, value = qkv(dtype)
     shared = randn(3, 4, 65, 32, dtype=dtype, seed=4)
-    check_forward(ops.attention, query, shared[:2], shared[1:], "keys and values that overlap")
-    check_forward(ops.attention, query, key[:, :1].expand(-1, 4, -1, -1), value, "broadcast")
-    check_forward(
+    check_cuda(ops.attention, query, shared[:2], shared[1:], "keys and values that overlap")
+    check_cuda(ops.attention, query, key[:, :1].expand(-1, 4, -1, -1), value, "broadcast")
+    check_cuda(
         ops.attention, *(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)), "turned"
     )
 
@@ -73,9 +73,13 @@ def test_empty(dtype):
         query, key, value = qkv(dtype, **sizes)
         out, lse = ops.attention(query, key, value, return_lse=True, backend="cuda")
         assert out.shape == query.shape and lse.shape == query.shape[:3]
+        check_cuda(ops.attention, query, key, value, f"{sizes}")
     query, key, value = qkv(dtype)
-    out, lse = ops.attention(query, key[:, :, :0], value[:, :, :0], return_lse=True, backend="cuda")
-    assert not out.any() and (lse == -torch.inf).all()
+    ours = check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys")
+    assert not ours["out"].any() and (ours["lse"] == -torch.inf).all() and not ours["dquery"].any()
+    check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys", sinks=randn(4))
+    additive = randn(2, 4, 65, 1)
+    check_cuda(ops.attention, query, key[:, :, :0], value[:, :, :0], "no keys", attn_mask=additive)
 
 
 @on_dtypes
@@ -83,9 +87,13 @@ def test_rows_without_keys(dtype):
     query, key, value = qkv(dtype)
     mask = torch.ones(2, 1, 65, 65, dtype=torch.bool)
     mask[0, :, 5] = mask[1, :, 60:] = False
-    out, lse = ops.attention(query, key, value, mask, return_lse=True, backend="cuda")
-    assert not out[0, :, 5].any() and not out[1, :, 60:].any()
-    assert (lse[0, :, 5] == -torch.inf).all() and torch.isfinite(lse[0, :, 4]).all()
+    ours = check_cuda(ops.attention, query, key, value, "bool", attn_mask=mask)
+    for name in ("out", "dquery"):
+        assert not ours[name][0, :, 5].any() and not ours[name][1, :, 60:].any()
+    assert (ours["lse"][0, :, 5] == -torch.inf).all() and torch.isfinite(ours["lse"][0, :, 4]).all()
+    lowest = torch.zeros(2, 1, 65, 65, dtype=dtype)
+    lowest[..., 20:] = lowest[1, :, 3] = torch.finfo(torch.float16).min
+    check_cuda(ops.attention, query, key, value, "a whole row hidden by a number", attn_mask=lowest)
 
 
 @on_dtypes
@@ -94,9 +102,9 @@ def test_extreme_scores(dtype):
     query, key, value = qkv(dtype, batch=1, heads_q=2, seqlen_q=300)
     for ramp in (torch.linspace(0, 40, 300), torch.linspace(40, 0, 300), 40 * (torch.arange(300) % 97 == 96)):
         scaled = (key.float() * ramp[:, None]).to(dtype)
-        check_forward(ops.attention, query, scaled, value, "ramp")
-        check_forward(ops.attention, query, scaled, value, "ramp", is_causal=True)
-    check_forward(ops.attention, query, key, value, "window", window=(3, 5))
+        check_cuda(ops.attention, query, scaled, value, "ramp")
+        check_cuda(ops.attention, query, scaled, value, "ramp", is_causal=True)
+    check_cuda(ops.attention, query, key, value, "window", window=(3, 5))
     query[0, 0, 7, 3] = torch.nan
     out = ops.attention(query, key, value, backend="cuda")
     assert out[0, 0, 7].isnan().all() and out.isnan().sum() == out.shape[-1]
@@ -122,32 +130,55 @@ def test_packed_sequences(dtype):
         {"is_causal": True},
         {"is_causal": True, "causal_alignment": "bottom_right", "window": (20, None)},
     ):
-        check_forward(run, *tensors, str(more), **more)
+        check_cuda(run, *tensors, str(more), **more)
+
+
+@on_dtypes
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_several_blocks(deterministic, dtype):
+    """Blocks that wait for each other and do not, in each shape of tile; groups of heads; few and many queries."""
+    for head_dim, head_dim_v in ((64, 64), (128, 72), (40, 200)):
+        for options in ({}, {"is_causal": True}, {"window": (70, 40), "dropout_p": 0.2, "dropout_rng": rng()}):
+            for seqlen_q, seqlen_k in ((200, 300), (33, 290)):
+                sizes = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+                tensors = qkv(dtype, **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
+                what = f"{head_dim}, {head_dim_v}, {seqlen_q} x {seqlen_k}, {options}"
+                check_cuda(ops.attention, *tensors, what, deterministic=deterministic, enable_gqa=True, **options)
+
+
+@on_dtypes
+def test_deterministic_gradients_are_bitwise_the_same(dtype, monkeypatch):
+    """Whatever blocks run at the same time; the simulator runs as many as there are cores."""
+    sizes = {"batch": 1, "heads_q": 4, "heads_k": 2, "seqlen_q": 200, "seqlen_k": 520, "head_dim": 64}
+    query, key, value = qkv(dtype, **sizes)
+    mask = randn(1, 200, 1, seed=6)
+    for extra in ({}, {"attn_mask": mask, "sinks": randn(4, seed=7)}):
+        results = []
+        for cores in (1, 2, 5):
+            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            tensors = {"query": query, "key": key, "value": value, **extra}
+            options = {"is_causal": True, "deterministic": True, "enable_gqa": True, "backend": "cuda"}
+            results.append(run(ops.attention, tensors, options))
+        assert all(torch.equal(other[name], results[0][name]) for other in results for name in other)
 
 
 @on_dtypes
 def test_decoding(dtype):
     query, key, value = qkv(dtype, heads_q=8, heads_k=2, seqlen_q=3, seqlen_k=200, head_dim=64)
-    for lengths in ([200, 1], [3, 77], [0, 64]):
+    for lengths in ([200, 1], [3, 77], [0, 64]):  # decoding has no gradient
         cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
 
         def run(query, key, value, cache_seqlens=cache_seqlens, **options):
             return ops.decode_attention(query, key, value, cache_seqlens, enable_gqa=True, **options)
 
-        check_forward(run, query, key, value, f"{lengths} keys")
+        with torch.no_grad():
+            check_cuda(run, query, key, value, f"{lengths} keys")
 
 
 def test_what_it_cannot_serve():
     query, key, value = qkv(torch.float32)
     with pytest.raises(backends.BackendError, match=r"take float16 and bfloat16, not torch\.float32"):
         ops.attention(query, key, value, backend="cuda")
-    query, key, value = qkv(torch.float16)
-    with torch.enable_grad(), pytest.raises(backends.BackendError, match="no backward yet"):
-        ops.attention(query.requires_grad_(), key, value, backend="cuda")
-    mask = torch.zeros(65, 65, requires_grad=True)
-    with torch.enable_grad():
-        assert "no backward yet" in backends.explain("attention", key, key, value, attn_mask=mask)["cuda"]
-    assert backends.explain("attention", key, key, value, attn_mask=mask)["cuda"] is None
 
 
 @pytest.mark.skipif(not OLD, reason="for sm_75")

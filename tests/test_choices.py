@@ -10,6 +10,7 @@ from fastlayers import backends, bench, choices, cli, ops
 from fastlayers.benchmarks import tune
 from fastlayers.choices import Choice
 from tests.backends import BACKENDS, SIMULATED
+from tests.simulator import shipped_choices
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +53,9 @@ def test_an_architecture_without_entries_goes_by_the_one_before(own):
 
 
 def test_every_shipped_entry_says_where_it_comes_from():
+    assert choices.read(choices.SHIPPED) == list(shipped_choices.entries())
     for shipped in choices.read(choices.SHIPPED):
-        assert shipped.source.startswith(("simulated: ", "measured: ")) and shipped.backends
+        assert shipped.source.startswith(("estimated: ", "measured: ")) and shipped.backends
         assert shipped.op in backends._reasons and set(shipped.backends) <= set(backends.NAMES)
 
 

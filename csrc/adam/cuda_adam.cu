@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTurns = 4;  // of kWidth elements per thread
 constexpr int64_t kChunk = kThreads * kWidth * kTurns;
-constexpr int kTensorsPerLaunch = 256;  // 24 KB of arguments; the limit is 32 KB since CUDA 12.1
+constexpr int kTensorsPerLaunch = 256;  // 28 KB of arguments; the limit is 32 KB since CUDA 12.1
 
 struct Scalar {
   float v;
@@ -44,6 +44,8 @@ struct Entry {
   AdamTensor tensor;
   int32_t index;        // in the whole list: the counter of stochastic rounding
   int32_t first_chunk;  // of this tensor, among the blocks of the launch
+  bool aligned;         // every operand, to 16 bytes
+  bool wide;            // some operand is float32
 };
 
 struct Batch {
@@ -72,41 +74,97 @@ __device__ __forceinline__ AdamScalars read_scalars(const Common& common) {
   return s;
 }
 
-__device__ __forceinline__ void round8(const Common& common, const Entry& entry, int operand,
-                                       int64_t n, float* values) {
-  const DType dtype = entry.tensor.dtype[operand];
-  if (!common.stochastic_rounding || dtype == DType::kFloat32) return;
+// The random bits of the elements 8 call to 8 call + 7, 16 each.
+__device__ __forceinline__ PhiloxWords random8(const Common& common, const Entry& entry,
+                                               int operand, int64_t call) {
   const uint32_t role = operand == kParam ? 0u : operand == kExpAvg ? 1u : 2u;
-  const uint64_t call = static_cast<uint64_t>(n) / kWidth;
-  const PhiloxWords random =
-      philox4x32_10(static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32),
-                    4u * entry.index + role, common.offset, common.seed);
+  return philox4x32_10(static_cast<uint32_t>(call), static_cast<uint32_t>(call >> 32),
+                       4u * entry.index + role, common.offset, common.seed);
+}
+
+// What a thread updates at a time, in float32, and how it gets there: eight elements of dense
+// operands, or one element of any.
+struct EightElements {
+  static constexpr int kCount = kWidth;
+  const Common& common;
+  const Entry& entry;
+  Eight at;
+
+  __device__ __forceinline__ void load(int operand, float* out) const {
+    load8(entry.tensor.data[operand], entry.tensor.dtype[operand], at, out);
+  }
+  __device__ __forceinline__ void store(int operand, const float* in) const {
+    store8(entry.tensor.data[operand], entry.tensor.dtype[operand], at, in);
+  }
+  __device__ __forceinline__ void random(int operand, uint32_t (&bits)[kCount]) const {
+    PhiloxWords words = random8(common, entry, operand, at.first / 8);
+    if (at.apart != kRun) {  // two halves of two calls
+      const PhiloxWords others = random8(common, entry, operand, (at.first + at.apart) / 8);
+      const bool upper = at.first % 8 != 0;
+      words = {{upper ? words.word[2] : words.word[0], upper ? words.word[3] : words.word[1],
+                upper ? others.word[2] : others.word[0], upper ? others.word[3] : others.word[1]}};
+    }
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    const uint32_t bits = random.word[i / 2] >> (16 * (i % 2)) & 0xffffu;
-    values[i] = dtype == DType::kBFloat16 ? round_to_bfloat16(values[i], bits)
-                                          : round_to_float16(values[i], bits);
+    for (int i = 0; i < kCount; ++i) bits[i] = words.word[i / 2] >> 16 * (i % 2) & 0xffffu;
+  }
+};
+
+struct OneElement {
+  static constexpr int kCount = 1;
+  const Common& common;
+  const Entry& entry;
+  const AdamLayout* layout;  // null: dense
+  int64_t n;
+
+  __device__ __forceinline__ int64_t offset(int operand) const {
+    return layout ? offset_of(*layout, operand, n) : n;
+  }
+  __device__ __forceinline__ void load(int operand, float* out) const {
+    *out = load1(entry.tensor.data[operand], entry.tensor.dtype[operand], offset(operand));
+  }
+  __device__ __forceinline__ void store(int operand, const float* in) const {
+    store1(entry.tensor.data[operand], entry.tensor.dtype[operand], offset(operand), *in);
+  }
+  __device__ __forceinline__ void random(int operand, uint32_t (&bits)[kCount]) const {
+    const PhiloxWords words = random8(common, entry, operand, n / 8);
+    const uint32_t low = n & 4 ? words.word[2] : words.word[0];
+    const uint32_t high = n & 4 ? words.word[3] : words.word[1];
+    bits[0] = (n & 2 ? high : low) >> 16 * (n & 1) & 0xffffu;
+  }
+};
+
+template <class Elements>
+__device__ __forceinline__ void round_stochastically(const Elements& elements, int operand,
+                                                     float* values) {
+  const DType dtype = elements.entry.tensor.dtype[operand];
+  if (!elements.common.stochastic_rounding || dtype == DType::kFloat32) return;
+  uint32_t bits[Elements::kCount];
+  elements.random(operand, bits);
+#pragma unroll
+  for (int i = 0; i < Elements::kCount; ++i) {
+    values[i] = dtype == DType::kBFloat16 ? round_to_bfloat16(values[i], bits[i])
+                                          : round_to_float16(values[i], bits[i]);
   }
 }
 
-// Updates `count` elements from n on; n is a multiple of kWidth. load(operand, out) and
-// store(operand, in) move them.
-template <bool kAmsgrad, class Load, class Store>
-__device__ __forceinline__ void update8(const Common& common, const AdamScalars& s,
-                                        const Entry& entry, int64_t n, Load load, Store store) {
+template <bool kAmsgrad, class Elements>
+__device__ __forceinline__ void update(const AdamScalars& s, const Elements& elements) {
+  constexpr int kCount = Elements::kCount;
+  const Common& common = elements.common;
+  const Entry& entry = elements.entry;
   const AdamTensor& tensor = entry.tensor;
   const bool master = tensor.data[kMaster] != nullptr;
   const float2 rates = common.coefficients
                            ? common.coefficients[entry.index]
                            : make_float2(tensor.step_size, tensor.inv_sqrt_correction2);
-  float param[kWidth], grad[kWidth], exp_avg[kWidth], exp_avg_sq[kWidth], max_sq[kWidth];
-  load(master ? kMaster : kParam, param);
-  load(kGrad, grad);
-  load(kExpAvg, exp_avg);
-  load(kExpAvgSq, exp_avg_sq);
-  if constexpr (kAmsgrad) load(kMaxExpAvgSq, max_sq);
+  float param[kCount], grad[kCount], exp_avg[kCount], exp_avg_sq[kCount], max_sq[kCount];
+  elements.load(master ? kMaster : kParam, param);
+  elements.load(kGrad, grad);
+  elements.load(kExpAvg, exp_avg);
+  elements.load(kExpAvgSq, exp_avg_sq);
+  if constexpr (kAmsgrad) elements.load(kMaxExpAvgSq, max_sq);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     grad[i] *= s.grad_scale;
     AdamLanes<Scalar> x;
     x.param = Scalar(param[i]);
@@ -120,23 +178,29 @@ __device__ __forceinline__ void update8(const Common& common, const AdamScalars&
     exp_avg_sq[i] = x.exp_avg_sq.v;
     if constexpr (kAmsgrad) max_sq[i] = x.max_exp_avg_sq.v;
   }
-  if (common.store_grad) store(kGrad, grad);
-  if constexpr (kAmsgrad) store(kMaxExpAvgSq, max_sq);
+  if (common.store_grad) elements.store(kGrad, grad);
+  if constexpr (kAmsgrad) elements.store(kMaxExpAvgSq, max_sq);
   if (master) {
-    store(kMaster, param);
+    elements.store(kMaster, param);
   } else {
-    round8(common, entry, kParam, n, param);
+    round_stochastically(elements, kParam, param);
   }
-  store(kParam, param);
-  round8(common, entry, kExpAvg, n, exp_avg);
-  store(kExpAvg, exp_avg);
-  round8(common, entry, kExpAvgSq, n, exp_avg_sq);
-  store(kExpAvgSq, exp_avg_sq);
+  elements.store(kParam, param);
+  round_stochastically(elements, kExpAvg, exp_avg);
+  elements.store(kExpAvg, exp_avg);
+  round_stochastically(elements, kExpAvgSq, exp_avg_sq);
+  elements.store(kExpAvgSq, exp_avg_sq);
 }
 
-__device__ __forceinline__ int left_in(const AdamTensor& tensor, int64_t n) {
-  const int64_t left = tensor.numel - n;
-  return left < kWidth ? static_cast<int>(left) : kWidth;
+// The warp's kWarpElements elements from `first` on, one by one: neighbours to neighbours.
+template <bool kAmsgrad>
+__device__ __forceinline__ void update_singly(const Common& common, const AdamScalars& s,
+                                              const Entry& entry, const AdamLayout* layout,
+                                              int64_t first, int lane) {
+#pragma unroll 1
+  for (int64_t n = first + lane; n < min(first + kWarpElements, entry.tensor.numel); n += 32) {
+    update<kAmsgrad>(s, OneElement{common, entry, layout, n});
+  }
 }
 
 template <bool kAmsgrad>
@@ -152,15 +216,16 @@ __global__ void __launch_bounds__(kThreads) adam_dense_kernel(const __grid_const
     }
   }
   const Entry& entry = batch.entries[low];
-  const AdamTensor& tensor = entry.tensor;
   const AdamScalars s = read_scalars(batch.common);
-  int64_t n = (blockIdx.x - entry.first_chunk) * kChunk + threadIdx.x * kWidth;
-  for (int turn = 0; turn < kTurns && n < tensor.numel; ++turn, n += kThreads * kWidth) {
-    const int count = left_in(tensor, n);
-    update8<kAmsgrad>(
-        batch.common, s, entry, n,
-        [&](int o, float* out) { load8(tensor.data[o], tensor.dtype[o], n, count, out); },
-        [&](int o, const float* in) { store8(tensor.data[o], tensor.dtype[o], n, count, in); });
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t n = (blockIdx.x - entry.first_chunk) * kChunk + warp * kWarpElements;
+  for (int turn = 0; turn < kTurns && n < entry.tensor.numel; ++turn, n += kThreads * kWidth) {
+    if (entry.aligned && n + kWarpElements <= entry.tensor.numel) {
+      const Eight at(n, lane, entry.wide);
+      update<kAmsgrad>(s, EightElements{batch.common, entry, at});
+    } else {
+      update_singly<kAmsgrad>(batch.common, s, entry, nullptr, n, lane);
+    }
   }
 }
 
@@ -168,27 +233,10 @@ template <bool kAmsgrad>
 __global__ void __launch_bounds__(kThreads)
     adam_strided_kernel(const __grid_constant__ Strided strided) {
   if (strided.common.found_inf && *strided.common.found_inf > 0.0f) return;
-  const AdamTensor& tensor = strided.entry.tensor;
   const AdamScalars s = read_scalars(strided.common);
-  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
-  if (n >= tensor.numel) return;
-  const int count = left_in(tensor, n);
-  update8<kAmsgrad>(
-      strided.common, s, strided.entry, n,
-      [&](int o, float* out) {
-#pragma unroll 1
-        for (int i = 0; i < kWidth; ++i) {
-          const int64_t at = i < count ? offset_of(strided.layout, o, n + i) : 0;
-          out[i] = i < count ? load1(tensor.data[o], tensor.dtype[o], at) : 0.0f;
-        }
-      },
-      [&](int o, const float* in) {
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          const int64_t at = offset_of(strided.layout, o, n + i);
-          store1(tensor.data[o], tensor.dtype[o], at, in[i]);
-        }
-      });
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t n = blockIdx.x * (kThreads * int64_t{kWidth}) + warp * kWarpElements;
+  update_singly<kAmsgrad>(strided.common, s, strided.entry, &strided.layout, n, lane);
 }
 
 constexpr int kStepsPerLaunch = 2048;
@@ -251,6 +299,16 @@ Common common_of(const AdamStepCuda& call) {
   return common;
 }
 
+Entry entry_of(const AdamTensor& tensor, int64_t index, int64_t first_chunk) {
+  Entry entry{tensor, static_cast<int32_t>(index), static_cast<int32_t>(first_chunk), true, false};
+  for (int operand = 0; operand < kAdamOperands; ++operand) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor.data[operand]);
+    if (address % 16 != 0) entry.aligned = false;
+    if (address != 0 && tensor.dtype[operand] == DType::kFloat32) entry.wide = true;
+  }
+  return entry;
+}
+
 void launch_dense(const Batch& batch, int64_t blocks, bool amsgrad, cudaStream_t stream) {
   if (blocks == 0) return;
   const auto kernel = amsgrad ? adam_dense_kernel<true> : adam_dense_kernel<false>;
@@ -281,7 +339,7 @@ void cuda_adam_step(const AdamStepCuda& call, void* stream_handle) {
   for (int64_t i = 0; i < call.step.count; ++i) {
     const AdamTensor& tensor = call.step.tensors[i];
     if (tensor.numel == 0) continue;
-    const Entry entry{tensor, static_cast<int32_t>(i), static_cast<int32_t>(blocks)};
+    const Entry entry = entry_of(tensor, i, blocks);
     if (tensor.layout) {
       launch_strided(batch.common, entry, stream);
       continue;

@@ -59,6 +59,27 @@ __device__ double block_sum(double value) {
   return sums[0];
 }
 
+// Adds the thread's share of the elements [begin, end).
+template <DType kDType>
+__device__ __forceinline__ void sum_dense(const void* data, int64_t begin, int64_t end,
+                                          SumOfSquares& sum) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t n = begin + warp * kWarpElements; n < end; n += kThreads * kWidth) {
+    if (aligned && n + kWarpElements <= end) {
+      float x[kWidth];
+      load8(data, kDType, Eight(n, lane, kDType == DType::kFloat32), x);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum.add(x[i]);
+    } else {
+#pragma unroll 1
+      for (int64_t i = n + lane; i < min(n + kWarpElements, end); i += 32) {
+        sum.add(load1(data, kDType, i));
+      }
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     norm_dense_kernel(const __grid_constant__ NormBatch batch) {
   int low = 0, high = batch.count;
@@ -74,11 +95,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = (blockIdx.x - entry.first_task) * kAdamTask;
   const int64_t end = begin + kAdamTask < entry.numel ? begin + kAdamTask : entry.numel;
   SumOfSquares sum;
-  for (int64_t n = begin + threadIdx.x * kWidth; n < end; n += kThreads * kWidth) {
-    float x[kWidth];
-    load8(entry.data, entry.dtype, n, end - n < kWidth ? static_cast<int>(end - n) : kWidth, x);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum.add(x[i]);
+  if (entry.dtype == DType::kFloat32) {
+    sum_dense<DType::kFloat32>(entry.data, begin, end, sum);
+  } else if (entry.dtype == DType::kFloat16) {
+    sum_dense<DType::kFloat16>(entry.data, begin, end, sum);
+  } else {
+    sum_dense<DType::kBFloat16>(entry.data, begin, end, sum);
   }
   const double total = block_sum(sum.total());
   if (threadIdx.x == 0) batch.partial_sums[blockIdx.x] = total;

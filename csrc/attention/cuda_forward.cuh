@@ -32,12 +32,10 @@ struct ForwardShape {
 
 // Head h of batch b of x to a shared tile; row 0 is row `first` of x, the first tile begins at
 // `row`.
-template <class Tile, class T>
-__device__ __forceinline__ TileCopy<Tile, kForwardThreads, T> copy_of(uint32_t tile,
-                                                                      const TensorView4& x,
-                                                                      int64_t b, int64_t h,
-                                                                      int64_t first, int row,
-                                                                      int rows, int64_t columns) {
+template <class Tile, class T, int kDirection = 1>
+__device__ __forceinline__ TileCopy<Tile, kForwardThreads, T, kDirection> copy_of(
+    uint32_t tile, const TensorView4& x, int64_t b, int64_t h, int64_t first, int row, int rows,
+    int64_t columns) {
   const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h;
   return {tile,
           data + first * x.stride_s,
@@ -136,17 +134,25 @@ class ForwardWarp {
 
   // The same with each row's maximum so far as its shift; output and sums follow.
   __device__ __forceinline__ void renew(float scale) {
+    float shrink[2 * S::kTilesM];
+    bool moved = false;
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
-      const float now = fmaxf(shift_[row], row_max(row) * scale), before = shift_[row];
-      const float shrink = now == -INFINITY ? 1.0f : exp2_approx(before - now);
+      const float before = shift_[row], now = fmaxf(before, row_max(row) * scale);
+      // Nothing has been summed up yet where there is no shift.
+      shrink[row] = before == -INFINITY ? 1.0f : exp2_approx(before - now);
+      moved |= shrink[row] != 1.0f;
       shift_[row] = now == -INFINITY ? 0.0f : now;
-      sum_[row] = fmaf(sum_[row], shrink, exponentiate_row(row, scale));
+      sum_[row] = fmaf(sum_[row], shrink[row], exponentiate_row(row, scale));
       shift_[row] = now;
+    }
+    if (!__any_sync(~0u, moved)) return;
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
-        output_[row / 2][d].r[2 * (row % 2)] *= shrink;
-        output_[row / 2][d].r[2 * (row % 2) + 1] *= shrink;
+        output_[row / 2][d].r[2 * (row % 2)] *= shrink[row];
+        output_[row / 2][d].r[2 * (row % 2) + 1] *= shrink[row];
       }
     }
   }
@@ -154,7 +160,7 @@ class ForwardWarp {
   // Zeroes dropped scores; key j of the decisions is j0 plus the column. csrc/common/philox.h.
   __device__ __forceinline__ void drop(const Dropout& dropout, uint32_t bh, int first_row, int j0,
                                        int lane) {
-    const bool upper = S::kBlockN < 64 && j0 % 64 != 0;  // half of the 64 keys that share a counter
+    const int first = S::kBlockN < 64 ? j0 % 64 / 16 : 0;  // of the 64 keys that share a counter
 #pragma unroll
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       const auto i = static_cast<uint32_t>(first_row + 8 * row + lane / 4);
@@ -164,7 +170,11 @@ class ForwardWarp {
         const PhiloxWords random = philox4x32_10(c0, i, bh, dropout.offset, dropout.seed);
 #pragma unroll
         for (int n = 0; n < S::kTilesN; ++n) {
-          const uint32_t word = upper ? random.word[(n / 2 + 2) % 4] : random.word[n / 2];
+          const int at = first + n / 2;
+          const uint32_t word = at == 0   ? random.word[0]
+                                : at == 1 ? random.word[1]
+                                : at == 2 ? random.word[2]
+                                          : random.word[3];
           float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
           x = (word >> 16 * (n % 2) & 0xffff) >= dropout.threshold ? x : 0.0f;
         }

@@ -19,6 +19,15 @@ struct ForwardShared {
   }
 };
 
+__device__ __forceinline__ Dropout dropout_of(const AttentionForward& p) {
+  Dropout dropout = p.dropout;
+  if (p.dropout_rng) {
+    dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
+    dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
+  }
+  return dropout;
+}
+
 template <class S>
 __device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const AttentionForward& p,
                                               const Sequence& sequence, const VisibleKeys& keys,
@@ -52,21 +61,23 @@ __device__ __forceinline__ void store_output(const AttentionForward& p, const Se
          sequence.first_q * p.o.stride_s;
   const int columns = static_cast<int>(p.head_dim_v);
   const bool aligned = (reinterpret_cast<uintptr_t>(o) | (p.o.stride_s * sizeof(T))) % 16 == 0;
-  for (int index = lane; index < S::kWarpRows * S::kTilesD; index += 32) {
-    const int row = index / S::kTilesD, chunk = index % S::kTilesD, i = i0 + row;
-    if (i >= sequence.seqlen_q || 8 * chunk >= columns) continue;
+  constexpr int kChunk = 16 / sizeof(T), kChunks = S::kDim / kChunk;
+#pragma unroll 1
+  for (int index = lane; index < S::kWarpRows * kChunks; index += 32) {
+    const int row = index / kChunks, chunk = index % kChunks, i = i0 + row;
+    if (i >= sequence.seqlen_q || kChunk * chunk >= columns) continue;
     uint4 bits;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                  : "r"(tile + S::TileQ::at(first_row + row, chunk)));
-    T* to = o + i * p.o.stride_s + 8 * chunk;
-    if (aligned && 8 * chunk + 8 <= columns) {
+    T* to = o + i * p.o.stride_s + kChunk * chunk;
+    if (aligned && kChunk * (chunk + 1) <= columns) {
       *reinterpret_cast<uint4*>(to) = bits;
     } else {
       const T* values = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (8 * chunk + e < columns) to[e] = values[e];
+      for (int e = 0; e < kChunk; ++e) {
+        if (kChunk * chunk + e < columns) to[e] = values[e];
       }
     }
   }
@@ -84,60 +95,84 @@ __device__ __forceinline__ void forward_block(const AttentionForward& p) {
   if (m0 >= sequence.seqlen_q) return;
   const int m1 = min(m0 + S::kBlockM, sequence.seqlen_q), i0 = m0 + first_row;
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(m1 - 1);
+  // The last keys come first, too: what a causal mask hides in part is also the first tile.
+  int j0 = (j_end - 1) / S::kBlockN * S::kBlockN;
 
   const ForwardShared<S> shared(memory);
   auto copy_q = copy_of<typename S::TileQ, T>(shared.q, p.q, b, h, sequence.first_q, m0,
                                               sequence.seqlen_q, p.head_dim);
-  auto copy_k = copy_of<typename S::TileKv, T>(shared.k, p.k, b, h / group, sequence.first_k,
-                                               j_begin, sequence.seqlen_k, p.head_dim);
-  auto copy_v = copy_of<typename S::TileKv, T>(shared.v, p.v, b, h / group, sequence.first_k,
-                                               j_begin, sequence.seqlen_k, p.head_dim_v);
-  copy_q.next();
-  copy_k.next();
-  commit_copies();
-
-  const VisibleKeys keys(sequence, i0, i0 + S::kWarpRows);
+  auto copy_k = copy_of<typename S::TileKv, T, -1>(shared.k, p.k, b, h / group, sequence.first_k,
+                                                   j0, sequence.seqlen_k, p.head_dim);
+  auto copy_v = copy_of<typename S::TileKv, T, -1>(shared.v, p.v, b, h / group, sequence.first_k,
+                                                   j0, sequence.seqlen_k, p.head_dim_v);
   ForwardWarp<S> warp(shared.q + first_row * S::TileQ::kRowBytes, shared.k, shared.v, lane);
+  const VisibleKeys keys(sequence, i0, i0 + S::kWarpRows);
   const ScoreRules rules(p, b, h, sequence.diagonal);
-  Dropout dropout = p.dropout;
-  if (p.dropout_rng) {
-    dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
-    dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
-  }
   const float scale = S::kGeneral ? 1.0f : p.softmax_scale * kLog2e;
-  for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
+  // Tiles in which every row of the warp sees every key, copied by whole rows.
+  const int plain_begin = keys.all_begin;
+  const int plain_last = min(keys.all_end, min(copy_k.whole_rows(), copy_v.whole_rows())) - S::kBlockN;
+
+  if (j_begin < j_end) {
+    copy_q.next();
+    copy_k.next();
+    commit_copies();
     wait_for_copies<0>();
-    __syncthreads();  // k is here; v has been used by all
+    __syncthreads();
+    warp.load_q();
     copy_v.next();
     commit_copies();
+  }
+  bool arrived = true;  // k is here, v is on its way
+  while (j0 >= j_begin && j_begin < j_end) {
+    if (!arrived) {
+      wait_for_copies<0>();
+      __syncthreads();  // k is here; v has been used by all
+      copy_v.next();
+      commit_copies();
+    }
+    arrived = false;
     const bool visible = !keys.none(j0, j0 + S::kBlockN);
-    if (j0 == j_begin) warp.load_q();
     if (visible) {
       warp.multiply_k();
       adjust_scores(warp, p, sequence, keys, rules, i0, j0, lane);
-      if (S::kGeneral || j0 == j_begin) {
-        warp.renew(scale);
-      } else if (!warp.exponentiate(scale)) {
-        warp.multiply_k();
-        adjust_scores(warp, p, sequence, keys, rules, i0, j0, lane);
-        warp.renew(scale);
-      }
+      warp.renew(scale);
     }
     wait_for_copies<0>();
     __syncthreads();  // v is here; k has been used by all
-    if (j0 + S::kBlockN < j_end) {
+    if (j0 > j_begin) {
       copy_k.next();
       commit_copies();
     }
-    if (!visible) continue;
-    if constexpr (S::kGeneral) {
-      const auto bh = static_cast<uint32_t>(b * p.heads_q + h);
-      if (p.dropout.enabled()) warp.drop(dropout, bh, i0, j0, lane);
+    if (visible) {
+      if constexpr (S::kGeneral) {
+        const auto bh = static_cast<uint32_t>(b * p.heads_q + h);
+        if (p.dropout.enabled()) warp.drop(dropout_of(p), bh, i0, j0, lane);
+      }
+      warp.multiply_v();
     }
-    warp.multiply_v();
+    j0 -= S::kBlockN;
+    if constexpr (!S::kGeneral) {
+      if (j0 > plain_last) continue;
+      for (; j0 >= plain_begin; j0 -= S::kBlockN) {
+        wait_for_copies<0>();
+        __syncthreads();
+        copy_v.next_whole();
+        commit_copies();
+        warp.multiply_k();
+        arrived = !warp.exponentiate(scale);
+        if (arrived) break;
+        wait_for_copies<0>();
+        __syncthreads();
+        if (j0 > j_begin) {
+          copy_k.next_whole();
+          commit_copies();
+        }
+        warp.multiply_v();
+      }
+    }
   }
 
-  wait_for_copies<0>();
   __syncthreads();
   float lse[2 * S::kTilesM];
   const float factor = p.dropout.enabled() ? p.dropout.scale() : 1.0f;

@@ -60,8 +60,19 @@ class ScoreRules {
   }
 
   __device__ __forceinline__ float operator()(float dot, int i, int j) const {
+    float slope;
+    return with_slope(dot, i, j, slope);
+  }
+
+  // The same, and the slope of the softcap there.
+  __device__ __forceinline__ float with_slope(float dot, int i, int j, float& slope) const {
     float x = dot * p_.softmax_scale;
-    if (p_.softcap > 0.0f) x = p_.softcap * tanhf(x / p_.softcap);
+    slope = 1.0f;
+    if (p_.softcap > 0.0f) {
+      const float t = tanhf(__fdividef(x, p_.softcap));
+      slope = fmaf(-t, t, 1.0f);
+      x = p_.softcap * t;
+    }
     if (p_.alibi_slopes) x -= slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
     if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
     return x;

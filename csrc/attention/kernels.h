@@ -13,4 +13,9 @@ namespace fl {
 // from sm_80 on, bfloat16.
 __attribute__((weak)) void cuda_attention_forward(const AttentionForward& p, void* stream);
 
+// `scratch`: as many bytes as cuda_attention_backward_scratch says, not initialised.
+__attribute__((weak)) int64_t cuda_attention_backward_scratch(const AttentionBackward& p);
+__attribute__((weak)) void cuda_attention_backward(const AttentionBackward& p, void* scratch,
+                                                   void* stream);
+
 }  // namespace fl

@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "attention/kernels.h"
-#include "bindings/attention_inputs.h"
+#include "bindings/attention_gradients.h"
 
 namespace fl {
 namespace {
@@ -17,14 +17,11 @@ bool has_rest(const OptionalTensor& cu_seqlens, const Tensor& tensor) {
   return cu_seqlens && data<int32_t>(*cu_seqlens)[cu_seqlens->size(0) - 1] < tensor.size(0);
 }
 
-// The parameters, with the random state that lies in host memory.
-AttentionForward on_cpu(const AttentionInputs& in, const Tensor& out, const Tensor& lse) {
-  AttentionForward p = parameters(in, out, lse);
-  if (p.dropout_rng) {
-    p.dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
-    p.dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
-  }
-  return p;
+// The random state lies in host memory.
+void read_dropout_rng(AttentionForward& p) {
+  if (!p.dropout_rng) return;
+  p.dropout.seed = static_cast<uint64_t>(p.dropout_rng[0]);
+  p.dropout.offset = static_cast<uint32_t>(p.dropout_rng[1]);
 }
 
 std::tuple<Tensor, Tensor> forward(AttentionInputs in) {
@@ -36,7 +33,8 @@ std::tuple<Tensor, Tensor> forward(AttentionInputs in) {
     torch::stable::fill_(out, 0.0);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
-  const AttentionForward p = on_cpu(in, out, lse);
+  AttentionForward p = parameters(in, out, lse);
+  read_dropout_rng(p);
   if (out.numel() > 0) FL_CALL_CPU_KERNEL(attention_forward, p);
   return {out, lse};
 }
@@ -54,82 +52,18 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
                   scale,        window_left,  window_right, softcap,      deterministic});
 }
 
-// grad_out, out and lse as they belong to these inputs.
-void check_results(const AttentionInputs& in, const Tensor& grad_out,
-                   const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse) {
-  const Tensor& query = in.query;
-  const int64_t head_dim_v = in.value.size(in.value.dim() - 1);
-  for (const Tensor* tensor : {&grad_out, &out}) {
-    const bool fits =
-        in.packed() ? has_sizes(*tensor, {query.size(0), query.size(1), head_dim_v})
-                    : has_sizes(*tensor, {query.size(0), query.size(1), query.size(2), head_dim_v});
-    FL_CHECK(fits && tensor->is_cpu() && tensor->scalar_type() == query.scalar_type(),
-             "attention: out and its gradient have to match the query");
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(AttentionGradients call) {
+  prepare_gradients(call);
+  const AttentionInputs& in = call.in;
+  if (has_rest(in.cu_seqlens_q, in.query)) torch::stable::zero_(call.dquery);
+  if (call.out.numel() == 0 || has_rest(in.cu_seqlens_k, in.key)) {
+    torch::stable::zero_(call.dkey);
+    torch::stable::zero_(call.dvalue);
   }
-  for (const Tensor* tensor : {&lse, grad_lse ? &*grad_lse : &lse}) {
-    const bool fits = in.packed()
-                          ? has_sizes(*tensor, {query.size(1), query.size(0)})
-                          : has_sizes(*tensor, {query.size(0), query.size(1), query.size(2)});
-    FL_CHECK(fits && tensor->is_cpu() && tensor->scalar_type() == ScalarType::Float,
-             "attention: lse and its gradient have to match the query");
-  }
-}
-
-Tensor zeros_or_none(const Tensor& like, const OptionalTensor& wanted) {
-  if (!wanted) return torch::stable::new_empty(like, {0}, ScalarType::Float);
-  return torch::stable::new_zeros(like, wanted->sizes(), ScalarType::Float);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(AttentionInputs in, Tensor grad_out,
-                                                            OptionalTensor grad_lse, Tensor out,
-                                                            Tensor lse, bool mask_gradient,
-                                                            bool sinks_gradient) {
-  const Tensor query = in.query, key = in.key, value = in.value;
-  FL_CHECK(!in.cache_seqlens, "attention: decoding from a cache has no gradient");
-  prepare(in);
-  check_results(in, grad_out, grad_lse, out, lse);
-  grad_out = dense(grad_out);
-  out = dense(out);
-  lse = torch::stable::contiguous(lse);
-  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-
-  Tensor dquery = allocate_like(query, query.size(query.dim() - 1));
-  Tensor dkey = allocate_like(key, key.size(key.dim() - 1));
-  Tensor dvalue = allocate_like(value, value.size(value.dim() - 1));
-  if (has_rest(in.cu_seqlens_q, query)) torch::stable::zero_(dquery);
-  if (has_rest(in.cu_seqlens_k, key)) {
-    torch::stable::zero_(dkey);
-    torch::stable::zero_(dvalue);
-  }
-  FL_CHECK(!mask_gradient || (in.attn_mask && in.attn_mask->scalar_type() != ScalarType::Bool),
-           "attention: only an additive attn_mask has a gradient");
-  FL_CHECK(!sinks_gradient || in.sinks, "attention: no sinks to give a gradient");
-  const Tensor dmask = zeros_or_none(query, mask_gradient ? in.attn_mask : std::nullopt);
-  const Tensor dsinks = zeros_or_none(query, sinks_gradient ? in.sinks : std::nullopt);
-
-  AttentionBackward p{};
-  p.forward = on_cpu(in, out, lse);
-  p.dout = view(grad_out, in.packed());
-  p.dlse = data<float>(grad_lse);
-  p.dq = view(dquery, in.packed());
-  p.dk = view(dkey, in.packed());
-  p.dv = view(dvalue, in.packed());
-  if (mask_gradient) {
-    const MaskView strides = view_mask(dmask);
-    p.dmask = data<float>(dmask);
-    p.dmask_stride_b = strides.stride_b;
-    p.dmask_stride_h = strides.stride_h;
-    p.dmask_stride_q = strides.stride_q;
-    p.dmask_stride_k = strides.stride_k;
-  }
-  if (sinks_gradient) p.dsinks = data<float>(dsinks);
-  if (out.numel() > 0) {
-    FL_CALL_CPU_KERNEL(attention_backward, p);
-  } else {
-    torch::stable::zero_(dkey);
-    torch::stable::zero_(dvalue);
-  }
-  return {dquery, dkey, dvalue, dmask, dsinks};
+  AttentionBackward p = parameters(call);
+  read_dropout_rng(p.forward);
+  if (call.out.numel() > 0) FL_CALL_CPU_KERNEL(attention_backward, p);
+  return call.results();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
@@ -145,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
                      sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
                      max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
                      scale,        window_left,  window_right, softcap,      deterministic};
-  return backward(std::move(in), grad_out, grad_lse, out, lse, mask_gradient, sinks_gradient);
+  return backward({std::move(in), grad_out, grad_lse, out, lse, mask_gradient, sinks_gradient});
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// attention_forward on CUDA: dense, packed (cu_seqlens) and decoding (cache_seqlens).
+// attention_forward and attention_backward on CUDA: dense, packed (cu_seqlens) and decoding
+// (cache_seqlens).
 #include <limits>
 #include <tuple>
 
 #include "attention/kernels.h"
-#include "bindings/attention_inputs.h"
+#include "bindings/attention_gradients.h"
 #include "bindings/cuda_device.h"
 #include "bindings/namespace.h"
 
@@ -23,6 +24,10 @@ void admit(const CudaDevice& device, const AttentionInputs& in) {
   device.admit(in.cache_seqlens, "attention: cache_seqlens");
 }
 
+void check_built(bool built) {
+  FL_CHECK(built, "fastlayers was built without CUDA kernels; rebuild it where nvcc is found");
+}
+
 std::tuple<Tensor, Tensor> attention_forward_cuda(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
@@ -30,8 +35,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& cache_seqlens, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, bool is_causal, bool bottom_right, double scale,
     int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
-  FL_CHECK(cuda_attention_forward != nullptr,
-           "fastlayers was built without CUDA kernels; rebuild it where nvcc is found");
+  check_built(cuda_attention_forward != nullptr);
   AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
                      sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, cache_seqlens,
                      max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
@@ -51,9 +55,55 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
   return {out, lse};
 }
 
+// Rows behind the last sequence, which no block visits, have gradient 0; and so has everything
+// where there is nothing to do.
+void prepare_outputs(const CudaDevice& device, AttentionGradients& call) {
+  for (Tensor* gradient : {&call.dquery, &call.dkey, &call.dvalue}) {
+    *gradient = device.output(*gradient);
+    if (call.in.packed() || call.out.numel() == 0) torch::stable::zero_(*gradient);
+  }
+  for (Tensor* gradient : {&call.dmask, &call.dsinks}) {
+    *gradient = device.output(*gradient);
+    torch::stable::zero_(*gradient);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& dropout_rng, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double dropout_p, bool is_causal, bool bottom_right, double scale, int64_t window_left,
+    int64_t window_right, double softcap, bool deterministic, bool mask_gradient,
+    bool sinks_gradient) {
+  check_built(cuda_attention_backward != nullptr);
+  AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
+                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
+                     max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
+                     scale,        window_left,  window_right, softcap,      deterministic};
+  in.reads_lengths = false;
+  AttentionGradients call{std::move(in),  grad_out, grad_lse, out, lse, mask_gradient,
+                          sinks_gradient, {},       {},       {},  {},  {}};
+  const CudaDevice device(query.get_device_index());
+  prepare_gradients(call);
+  admit(device, call.in);
+  device.admit(call.grad_out, "attention: the gradient of out");
+  device.admit(call.grad_lse, "attention: the gradient of lse");
+  device.admit(call.out, "attention: out");
+  device.admit(call.lse, "attention: lse");
+  prepare_outputs(device, call);
+  if (call.out.numel() == 0) return call.results();
+  const AttentionBackward p = parameters(call);
+  const Tensor scratch = device.empty({cuda_attention_backward_scratch(p)}, ScalarType::Byte);
+  cuda_attention_backward(p, scratch.mutable_data_ptr(), device.stream());
+  return call.results();
+}
+
 }  // namespace
 }  // namespace fl
 
 STABLE_TORCH_LIBRARY_IMPL(FL_NAMESPACE, FL_CUDA_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&fl::attention_forward_cuda));
+  m.impl("attention_backward", TORCH_BOX(&fl::attention_backward_cuda));
 }

@@ -195,10 +195,11 @@ struct SharedTile {
 
 // Rows of a matrix in global memory, on their way into one shared tile after the other: what one of
 // kThreads threads copies. It has one chunk of a panel and every kStep-th row; where it puts them
-// differs by constants.
-template <class Tile, int kThreads, class T>
+// differs by constants. kDirection is 1, or -1 where the tiles are wanted from the last to the first.
+template <class Tile, int kThreads, class T, int kDirection = 1>
 class TileCopy {
   static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;
+  static constexpr int kSteps = Tile::kRows / kStep;
   static constexpr int kChunk = 16 / sizeof(T);  // columns
   static_assert(Tile::kRows % kStep == 0 && kStep % 8 == 0);
 
@@ -206,41 +207,60 @@ class TileCopy {
   // Rows from `rows` and columns from `columns` on are zero; the first tile begins with row `row`.
   __device__ __forceinline__ TileCopy(uint32_t tile, const T* data, int64_t stride, int row,
                                       int rows, int columns, int thread)
-      : step_(kStep * stride), row_(row), rows_(rows), columns_(columns) {
+      : stride_(stride), row_(row), rows_(rows), columns_(columns) {
     thread_row_ = thread / Tile::kChunks;
     chunk_ = thread % Tile::kChunks;
     to_ = tile + Tile::at(thread_row_, chunk_);
     at_ = data + (row + thread_row_) * stride + kChunk * chunk_;
     aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
-    whole_rows_ = aligned_ && columns == Tile::kColumns ? rows : 0;
+    const int64_t bytes = kStep * stride * static_cast<int64_t>(sizeof(T));
+    step_ = static_cast<int32_t>(bytes);
+    const bool near = bytes * kSteps == static_cast<int32_t>(bytes * kSteps);
+    whole_rows_ = aligned_ && near && columns == Tile::kColumns ? rows : 0;
   }
+
+  // Tiles that end at this row or before it may be copied by next_whole.
+  __device__ __forceinline__ int whole_rows() const { return whole_rows_; }
 
   // The next tile.
   __device__ __forceinline__ void next() {
-    row_ += Tile::kRows;
-    if (row_ > whole_rows_) return copy_tail();
+    row_ + Tile::kRows <= whole_rows_ ? next_whole() : next_partial();
+  }
+  __device__ __forceinline__ void next_whole() {
 #pragma unroll
-    for (int r = 0; r < Tile::kRows; r += kStep) {
+    for (int r = 0; r < kSteps; ++r) {
+      const T* from = r == 0 ? at_ : behind(r);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        copy_async(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   at_ + panel * Tile::kPanel, 16);
+        copy_async(to_ + panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes,
+                   from + panel * Tile::kPanel, 16);
       }
-      at_ += step_;
     }
+    at_ = behind(kDirection * kSteps);
+    row_ += kDirection * Tile::kRows;
   }
 
  private:
-  __device__ __forceinline__ void copy_tail() {
-    for (int r = 0; r < Tile::kRows; r += kStep) {
-      const bool inside = row_ - Tile::kRows + thread_row_ + r < rows_;
+  // `steps` times kStep rows further on: one instruction where step_ is exact.
+  __device__ __forceinline__ const T* behind(int steps) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(at_) +
+                                      static_cast<int64_t>(step_) * steps);
+  }
+
+  __device__ __forceinline__ void next_partial() {
+#pragma unroll 1
+    for (int r = 0; r < kSteps; ++r) {
+      const bool inside = row_ + thread_row_ + r * kStep < rows_;
+      const T* from = at_ + r * kStep * stride_;
+#pragma unroll 1
       for (int panel = 0; panel < kPanels; ++panel) {
         const int left = columns_ - panel * Tile::kPanel - kChunk * chunk_;
-        copy_chunk(to_ + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   at_ + panel * Tile::kPanel, inside ? min(max(left, 0), kChunk) : 0);
+        copy_chunk(to_ + panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes,
+                   from + panel * Tile::kPanel, inside ? min(max(left, 0), kChunk) : 0);
       }
-      at_ += step_;
     }
+    at_ += kDirection * Tile::kRows * stride_;
+    row_ += kDirection * Tile::kRows;
   }
 
   // `count` numbers of a chunk: by an asynchronous copy, or one by one.
@@ -259,8 +279,9 @@ class TileCopy {
   }
 
   const T* at_;
-  int64_t step_;
+  int64_t stride_;
   uint32_t to_;
+  int32_t step_;  // bytes of kStep rows
   int row_, rows_, columns_, whole_rows_, thread_row_, chunk_;
   bool aligned_;
 };

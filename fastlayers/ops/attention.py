@@ -443,8 +443,6 @@ def _head_dim_reason(facts):
 def _cuda_reason(facts):
     if facts["dtype"] not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels take float16 and bfloat16, not {facts['dtype']}"
-    if facts["needs_gradient"]:
-        return "the CUDA kernels have no backward yet"
     reason = _head_dim_reason(facts) or backends.cuda_reason(facts)
     if reason is None and facts["dtype"] == torch.bfloat16:
         capability = backends.cuda_capability()

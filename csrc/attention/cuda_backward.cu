@@ -1,0 +1,72 @@
+// Attention backward on CUDA: its scratch memory, and the choice of kernels.
+#include <algorithm>
+
+#include "attention/cuda_backward_launches.h"
+#include "attention/kernels.h"
+#include "common/check.h"
+
+namespace fl {
+namespace {
+
+// softcap, ALiBi, masks, dropout and scales that turn the order of scores around need the general
+// kernel, and so do head dims of which there is no other.
+bool is_general(const AttentionForward& f) {
+  return f.softcap > 0 || f.alibi_slopes || f.mask.kind != MaskKind::kNone || f.dropout.enabled() ||
+         !(f.softmax_scale > 0) || std::max(f.head_dim, f.head_dim_v) > 128;
+}
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// The scratch memory from `memory` on, and how many bytes it takes.
+BackwardScratch layout(const AttentionBackward& p, char* memory, int64_t* bytes) {
+  const AttentionForward& f = p.forward;
+  BackwardScratch scratch{};
+  scratch.general = is_general(f);
+  const int64_t dim = std::max(f.head_dim, f.head_dim_v);
+  scratch.columns = static_cast<int>(scratch.general ? round_up(f.head_dim, 64)
+                                     : dim > 64      ? 128
+                                                     : 64);
+  scratch.rows = f.cu_seqlens_q ? round_up(f.lse_stride_h, kRowUnit) + f.batch * kRowUnit
+                                : f.batch * round_up(f.seqlen_q, kRowUnit);
+  scratch.row_array = f.heads_q * scratch.rows;
+  int64_t used = 0;
+  const auto take = [&](int64_t size) {
+    char* at = memory + used;
+    used += round_up(size, 256);
+    return at;
+  };
+  scratch.dq = reinterpret_cast<float*>(take(scratch.row_array * scratch.columns * 4));
+  scratch.row_data = reinterpret_cast<float*>(take(3 * scratch.row_array * 4));
+  scratch.turns = reinterpret_cast<int*>(take(scratch.row_array / 16 * 2 * 4));
+  scratch.ticket = reinterpret_cast<int*>(take(4));
+  *bytes = used;
+  return scratch;
+}
+
+}  // namespace
+
+int64_t cuda_attention_backward_scratch(const AttentionBackward& p) {
+  int64_t bytes = 0;
+  layout(p, nullptr, &bytes);
+  return bytes;
+}
+
+void cuda_attention_backward(const AttentionBackward& p, void* memory, void* stream) {
+  const AttentionForward& f = p.forward;
+  FL_CHECK(f.batch <= 65535 && f.heads_q <= 65535, "attention: more than 65535 heads or batches");
+  FL_CHECK(f.seqlen_q < kFar && f.seqlen_k < kFar, "attention: a sequence of 2^30 rows or more");
+  int device = 0, major = 0;
+  FL_CHECK(
+      cudaGetDevice(&device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess,
+      "attention: no CUDA device");
+  int64_t bytes = 0;
+  const BackwardScratch scratch = layout(p, static_cast<char*>(memory), &bytes);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (f.dtype == DType::kFloat16) return backward_float16(p, scratch, major < 8, cuda_stream);
+  FL_CHECK(f.dtype == DType::kBFloat16, "attention: the CUDA kernels take float16 and bfloat16");
+  FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
+  backward_bfloat16(p, scratch, cuda_stream);
+}
+
+}  // namespace fl

@@ -1,0 +1,187 @@
+// Attention backward on tensor cores: dk, dv and the sums of dq, float32 sums throughout.
+//
+// One block per (batch, key head, kBlockN keys); its warps split the keys. It goes through the
+// queries that see its keys, of all query heads of the group, kBlockM at a time: dk and dv stay in
+// registers until the end, dq is added up in global memory. Of the scores only ds ever lies in
+// shared memory, as the operand of dq = ds k. q and dout of the next queries arrive while dq of
+// these is computed. Reads k and v once, q and dout once per block that sees them.
+#pragma once
+
+#include "attention/cuda_backward_tile.cuh"
+
+namespace fl {
+
+// What a block adds up, and its products. Row 16 m + 8 r + lane / 4 of the warp is a key.
+template <class S>
+class BackwardWarp {
+  using T = typename S::T;
+
+ public:
+  // column: of q, k and dout, where those of dq, dk and dv begin.
+  __device__ __forceinline__ BackwardWarp(const BackwardShared<S>& shared, int warp, int lane,
+                                          int column)
+      : shared_(shared), lane_(lane) {
+    q_ = queries_lane(lane) + column / S::kPanel * S::TileQ::kPanelBytes;
+    clear(dk);
+    clear(dv);
+  }
+
+  // dv += p' do, dk += ds' q for queries from row `first` of the block on; ds' to shared memory.
+  // columns, columns_v: how many of kColumns there are.
+  __device__ __forceinline__ void add(const GradientTile<S>& tile, int first, int columns,
+                                      int columns_v) {
+    store_ds(tile.dp, first);
+    add_product(dv, tile.s, shared_.dout, first, columns_v);
+    add_product(dk, tile.dp, shared_.q, first, columns);
+  }
+
+  // dq += ds k of queries from row m0 of the sequence and `row` of the scratch memory on, to global
+  // memory: kStepM queries and kColumnsQ columns each warp. j0: the block's first key.
+  __device__ __forceinline__ void add_dq(const BackwardScratch& scratch, const Sequence& sequence,
+                                         int64_t row, int m0, int j0, int column,
+                                         int head_dim) const {
+    const int thread = afresh(static_cast<int>(threadIdx.x)), warp = thread / 32;
+    const int first = warp / S::kWarpsD * S::kStepM, i0 = m0 + first;
+    if (i0 >= sequence.seqlen_q) return;
+    column += warp % S::kWarpsD * S::kColumnsQ;
+    const int columns = head_dim - column;
+    const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
+    // Whether the keys of warp w have stored ds of these queries.
+    const auto stored = [&](int w) {
+      return !keys.none(j0 + w * S::kWarpKeys, j0 + (w + 1) * S::kWarpKeys);
+    };
+    const uint32_t ds_lane = S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, thread % 32),
+                                              0, first * kSize / 16);
+    const uint32_t k_lane = S::TileKv::moved(S::TileKv::lane_b_transposed(shared_.k, thread % 32),
+                                             0, column * kSize / 16);
+    Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
+    clear(dq);
+    if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
+      multiply_ds(dq, ds_lane, k_lane, columns, [](int) { return true; });
+    } else {
+      multiply_ds(dq, ds_lane, k_lane, columns, stored);
+    }
+    const int cells = (S::kGeneral ? scratch.columns : S::kDim) / 8;  // in 16 rows
+    float* to = scratch.dq + ((row + first) / 16 * cells + column / 8) * 128 + thread % 32;
+#pragma unroll
+    for (int m = 0; m < S::kStepM / 16; ++m) {
+#pragma unroll
+      for (int d = 0; d < S::kColumnsQ / 8; ++d) {
+        if (S::kGeneral && 8 * d >= columns) break;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          atomicAdd(to + (m * cells + d) * 128 + e * 32, dq[m][d].r[e]);
+        }
+      }
+    }
+  }
+
+  // x times factor to the warp's rows of a tile of T.
+  __device__ __forceinline__ void stage(const Accumulator (&x)[S::kTilesM][S::kTilesD],
+                                        uint32_t tile, float factor) const {
+    const uint32_t place = S::TileKv::lane_accumulator(tile, lane_);
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; ++d) {
+        Accumulator scaled = x[m][d];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scaled.r[e] *= factor;
+        S::TileKv::store(place, 16 * m, d, scaled);
+      }
+    }
+  }
+
+  Accumulator dk[S::kTilesM][S::kTilesD], dv[S::kTilesM][S::kTilesD];
+
+ private:
+  static constexpr int kSize = sizeof(T);
+
+  static __device__ __forceinline__ uint32_t queries_lane(int lane) {
+    return S::TileQ::template lane_b_transposed<Order::kPaired>(0, lane);
+  }
+
+  template <int kM, int kN>
+  static __device__ __forceinline__ void clear(Accumulator (&x)[kM][kN]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][n].r[e] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
+                                           int first) const {
+    const int thread = afresh(static_cast<int>(threadIdx.x));
+    const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
+    const uint32_t place = S::TileDs::lane_accumulator(rows, thread % 32);
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+        S::TileDs::store(place, 16 * m, first / 8 + n, ds[m][n]);
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void multiply_ds(Accumulator (&dq)[S::kStepM / 16][S::kColumnsQ / 8],
+                                              uint32_t ds_lane, uint32_t k_lane, int columns,
+                                              F stored) const {
+#pragma unroll
+    for (int step = 0; step < S::kBlockN / kDepth<T>; ++step) {
+      if (!stored(step * kDepth<T> / S::kWarpKeys)) continue;
+      FragmentA<T> a[S::kStepM / 16];
+#pragma unroll
+      for (int m = 0; m < S::kStepM / 16; ++m) {
+        S::TileDs::load_a_transposed(a[m], ds_lane, m, kDepth<T> * step);
+      }
+#pragma unroll
+      for (int d = 0; d < S::kColumnsQ / 8; d += 2) {
+        if (S::kGeneral && 8 * d >= columns) break;
+        FragmentB<T> b[2];
+        S::TileKv::load_b_transposed(b, k_lane, d / 2, kDepth<T> * step);
+#pragma unroll
+        for (int m = 0; m < S::kStepM / 16; ++m) {
+          mma<T>(dq[m][d], a[m], b[0], dq[m][d]);
+          mma<T>(dq[m][d + 1], a[m], b[1], dq[m][d + 1]);
+        }
+      }
+    }
+  }
+
+  // x += a b, a: keys x queries in accumulators, b: queries x columns in a shared tile.
+  __device__ __forceinline__ void add_product(Accumulator (&x)[S::kTilesM][S::kTilesD],
+                                              const Accumulator (&a)[S::kTilesM][S::kTilesN],
+                                              uint32_t b_tile, int first, int columns) {
+    const uint32_t b_lane = afresh(q_) + b_tile + first * S::TileQ::kRowBytes;
+#pragma unroll
+    for (int step = 0; step < S::kStepM / kDepth<T>; ++step) {
+      FragmentA<T> operand[S::kTilesM];
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) {
+        to_fragment_a<T>(operand[m], &a[m][step * kDepth<T> / 8]);
+      }
+#pragma unroll
+      for (int d = 0; d < S::kTilesD; d += 2) {
+        if (S::kGeneral && 8 * d >= columns) break;
+        FragmentB<T> b[2];
+        S::TileQ::template load_b_transposed<Order::kPaired>(b, b_lane, d / 2, kDepth<T> * step);
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) {
+          mma<T>(x[m][d], operand[m], b[0], x[m][d]);
+          mma<T>(x[m][d + 1], operand[m], b[1], x[m][d + 1]);
+        }
+      }
+    }
+  }
+
+  const BackwardShared<S>& shared_;
+  uint32_t q_;  // this lane's place in a tile of queries
+  int lane_;
+};
+
+}  // namespace fl

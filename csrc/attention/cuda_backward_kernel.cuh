@@ -1,0 +1,238 @@
+// The kernel around BackwardWarp, and its launcher.
+#pragma once
+
+#include "attention/cuda_backward.cuh"
+#include "common/check.h"
+
+namespace fl {
+
+// q, dout and row data of one query head after the other, on their way into the same tiles. It
+// holds little: registers are scarce while they are used, and the rest is computed again.
+template <class S>
+class QueryStream {
+  using T = typename S::T;
+  using Tile = typename S::TileQ;
+
+ public:
+  // Begins with head h, whose rows begin with `first_row` in the scratch memory.
+  __device__ __forceinline__ QueryStream(const AttentionBackward& p, const BackwardScratch& scratch,
+                                         const BackwardShared<S>& shared, const Sequence& sequence,
+                                         int b, int h)
+      : p_(p), scratch_(scratch), shared_(shared), seqlen_(sequence.seqlen_q) {
+    q_ = head_of<T>(p.forward.q, b, h, sequence.first_q);
+    dout_ = head_of<T>(p.dout, b, h, sequence.first_q);
+    first_row = scratch.first_row(p.forward, b, h, sequence);
+    const uint64_t odd = bytes(q_, p.forward.q) | bytes(dout_, p.dout);
+    const bool full = p.forward.head_dim == S::kDim && p.forward.head_dim_v == S::kDim;
+    whole_rows_ = odd % 16 == 0 && full && !S::kGeneral ? seqlen_ : 0;
+  }
+
+  __device__ __forceinline__ void next_head() {
+    q_ += p_.forward.q.stride_h;
+    dout_ += p_.dout.stride_h;
+    first_row += scratch_.rows;
+  }
+
+  // Starts the copies of rows from m0 on.
+  __device__ __forceinline__ void start(int m0) const {
+    const TensorView4 &q = p_.forward.q, &dout = p_.dout;
+    if (m0 + S::kBlockM <= whole_rows_) {
+      copy_whole(shared_.q, q_, q.stride_s, m0);
+      copy_whole(shared_.dout, dout_, dout.stride_s, m0);
+    } else {
+      const auto columns = static_cast<int>(p_.forward.head_dim);
+      const auto columns_v = static_cast<int>(p_.forward.head_dim_v);
+      copy_rows<Tile, S>(shared_.q, q_, q.stride_s, m0, seqlen_, columns);
+      copy_rows<Tile, S>(shared_.dout, dout_, dout.stride_s, m0, seqlen_, columns_v);
+    }
+    copy_row_data<S>(scratch_.row_data + first_row + m0, scratch_.row_array, shared_.rows);
+    commit_copies();
+  }
+
+  int64_t first_row;  // of the sequence and head, in the scratch memory
+
+ private:
+  static __device__ __forceinline__ uint64_t bytes(const T* head, const TensorView4& x) {
+    return reinterpret_cast<uintptr_t>(head) | (x.stride_h | x.stride_s) * sizeof(T);
+  }
+
+  static __device__ __forceinline__ void copy_whole(uint32_t tile, const T* head, int64_t stride,
+                                                    int m0) {
+    constexpr int kStep = S::kThreads / Tile::kChunks;  // rows between those of a thread
+    const int thread = afresh(static_cast<int>(threadIdx.x));
+    const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const uint32_t to = tile + Tile::at(row, chunk);
+    const T* from = head + (m0 + row) * stride + 8 * chunk;
+#pragma unroll
+    for (int r = 0; r < S::kBlockM; r += kStep) {
+#pragma unroll
+      for (int panel = 0; panel < S::kDim / Tile::kPanel; ++panel) {
+        copy_async(to + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
+                   from + panel * Tile::kPanel, 16);
+      }
+      from += kStep * stride;
+    }
+  }
+
+  const AttentionBackward& p_;
+  const BackwardScratch& scratch_;
+  const BackwardShared<S>& shared_;
+  const T *q_, *dout_;  // row 0 of the head
+  int seqlen_, whole_rows_;
+};
+
+// The warp's rows of a staged tile, j0 to j0 + kWarpKeys of x, to global memory.
+template <class S>
+__device__ __forceinline__ void store_rows(typename S::T* x, int64_t stride, int j0, int rows,
+                                           int columns, uint32_t tile, int lane) {
+  using T = typename S::T;
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | stride * sizeof(T)) % 16 == 0;
+  constexpr int kChunks = S::kTilesD;
+  for (int index = lane; index < S::kWarpKeys * kChunks; index += 32) {
+    const int row = index / kChunks, chunk = index % kChunks;
+    if (j0 + row >= rows || 8 * chunk >= columns) continue;
+    uint4 bits;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(tile + S::TileKv::at(row, chunk)));
+    T* at = x + (j0 + row) * stride + 8 * chunk;
+    if (aligned && 8 * chunk + 8 <= columns) {
+      *reinterpret_cast<uint4*>(at) = bits;
+    } else {
+      const T* values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (8 * chunk + e < columns) at[e] = values[e];
+      }
+    }
+  }
+}
+
+// Waits until `turn` key blocks have added to dq. By one warp; a barrier follows.
+__device__ __forceinline__ void wait_for_turn(const int* turns, int turn) {
+  int done;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(turns) : "memory");
+  } while (!__all_sync(~0u, done == turn));
+}
+
+// Lets the next key block add. By one thread, after a barrier.
+__device__ __forceinline__ void pass_turn(int* turns) {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+}
+
+// Which block of the grid this one is, (key block, key head, batch): in deterministic mode in the
+// order in which blocks start, so that each waits only for blocks that have started.
+__device__ __forceinline__ void take_place(const BackwardScratch& scratch, bool deterministic,
+                                           int (&place)[3]) {
+  int x = blockIdx.x, y = blockIdx.y, z = blockIdx.z;
+  if (deterministic) {
+    const int ticket = atomicAdd(scratch.ticket, 1);
+    x = ticket % gridDim.x;
+    y = ticket / gridDim.x % gridDim.y;
+    z = ticket / gridDim.x / gridDim.y;
+  }
+  place[0] = x;
+  place[1] = y;
+  place[2] = z;
+}
+
+// Grid: (key blocks times column blocks, key heads, batch).
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kThreads)
+    attention_backward_kernel(const __grid_constant__ AttentionBackward p,
+                              const __grid_constant__ BackwardScratch scratch) {
+  using S = BackwardShape<T, kDim, kGeneral, kOldGpu>;
+  if constexpr (!kHasMma<T>) return;
+  extern __shared__ __align__(128) uint8_t memory[];
+  __shared__ int place[3];  // read again at the end
+  const AttentionForward& f = p.forward;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if (thread == 0) take_place(scratch, f.deterministic, place);
+  __syncthreads();
+  constexpr int kSplits = kDim / S::kColumns;
+  const int split = place[0] % kSplits, column = split * S::kColumns, b = place[2];
+  const Sequence sequence(f, b);
+  const int j0 = place[0] / kSplits * S::kBlockN, warp_j0 = j0 + warp * S::kWarpKeys;
+  if (j0 >= sequence.seqlen_k) return;
+  const int head_dim = static_cast<int>(f.head_dim), head_dim_v = static_cast<int>(f.head_dim_v);
+  const BackwardShared<S> shared(shared_address(memory), head_dim, head_dim_v);
+  copy_rows<typename S::TileKv, S>(shared.k, head_of<T>(f.k, b, place[1], sequence.first_k),
+                                   f.k.stride_s, j0, sequence.seqlen_k, head_dim);
+  copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, place[1], sequence.first_k),
+                                   f.v.stride_s, j0, sequence.seqlen_k, head_dim_v);
+  commit_copies();
+
+  GradientTile<S> tile(shared, warp, lane);
+  BackwardWarp<S> sums(shared, warp, lane, column);
+  const int group = static_cast<int>(f.heads_q / f.heads_k);
+  int h = place[1] * group, heads = group;  // that are left
+  QueryStream<S> stream(p, scratch, shared, sequence, b, h);
+  const Dropout dropout = read_dropout(f);
+  const VisibleQueries queries(sequence, j0, j0 + S::kBlockN);
+  int m0 = queries.some_begin / S::kBlockM * S::kBlockM;
+  if (m0 >= queries.some_end) heads = 0;
+  constexpr uint32_t kNone = ~0u;
+  uint32_t turn = kNone;  // to be passed on
+  if (heads > 0) stream.start(m0);
+  while (heads > 0) {
+    wait_for_copies<0>();
+    __syncthreads();  // q, dout and row data are here; ds has been used by all
+    if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
+#pragma unroll(kGeneral ? 1 : S::kWarpsM)
+    for (int first = 0; first < S::kBlockM; first += S::kStepM) {
+      const TilePlace at{b, h, m0 + first, warp_j0};
+      const VisibleKeys keys(sequence, at.i0, at.i0 + S::kStepM);
+      if (at.i0 >= sequence.seqlen_q || keys.none(warp_j0, warp_j0 + S::kWarpKeys)) continue;
+      tile.multiply(first, head_dim, head_dim_v);
+      if constexpr (kGeneral) {
+        const ScoreRules rules(f, b, h, sequence.diagonal);
+        tile.differentiate(f, sequence, rules, dropout, at, first,
+                           [&](float probability, float kept, float dp, float minus_delta,
+                               float slope, int m, int n, int e) {
+                             tile.s[m][n].r[e] = kept;
+                             tile.dp[m][n].r[e] = probability * (dp + minus_delta) * slope;
+                           });
+      } else {
+        if (!keys.all(warp_j0, warp_j0 + S::kWarpKeys)) tile.hide(sequence, at);
+        tile.differentiate(first, f.softmax_scale * kLog2e);
+      }
+      sums.add(tile, first, head_dim - column, head_dim_v - column);
+    }
+
+    const int64_t row = stream.first_row + m0;
+    if (f.deterministic) {
+      turn = static_cast<uint32_t>(row / 16 * 2 + split);
+      if (warp == 0) {
+        wait_for_turn(scratch.turns + turn, j0 / S::kBlockN - sequence.begin(m0) / S::kBlockN);
+      }
+    }
+    const int i0 = m0;
+    const VisibleQueries again(sequence, afresh(j0), afresh(j0) + S::kBlockN);
+    m0 += S::kBlockM;
+    if (m0 >= again.some_end) {
+      m0 = again.some_begin / S::kBlockM * S::kBlockM;
+      --heads;
+      ++h;
+      stream.next_head();
+    }
+    __syncthreads();  // ds is here; q and dout have been used by all
+    if (heads > 0) stream.start(m0);
+    sums.add_dq(scratch, sequence, row, i0, j0, column, head_dim);
+  }
+  wait_for_copies<0>();
+  __syncthreads();  // k and v have been used by all
+  if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
+  const uint32_t warp_row = warp * S::kWarpKeys * S::TileKv::kRowBytes;
+  sums.stage(sums.dk, shared.k + warp_row, f.softmax_scale);
+  sums.stage(sums.dv, shared.v + warp_row, dropout.enabled() ? dropout.scale() : 1.0f);
+  __syncwarp();
+  const Sequence there(f, place[2]);
+  store_rows<S>(head_of<T>(p.dk, place[2], place[1], there.first_k) + column, p.dk.stride_s,
+                warp_j0, there.seqlen_k, head_dim - column, shared.k + warp_row, lane);
+  store_rows<S>(head_of<T>(p.dv, place[2], place[1], there.first_k) + column, p.dv.stride_s,
+                warp_j0, there.seqlen_k, head_dim_v - column, shared.v + warp_row, lane);
+}
+
+}  // namespace fl

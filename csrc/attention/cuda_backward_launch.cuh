@@ -1,0 +1,98 @@
+// The launches of the attention backward for one dtype.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/cuda_backward_kernel.cuh"
+#include "attention/cuda_backward_rows.cuh"
+#include "attention/cuda_backward_sums.cuh"
+#include "common/check.h"
+#include "common/dispatch.h"
+
+namespace fl {
+
+inline void check_launch(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  FL_CHECK(error == cudaSuccess, "attention_backward, ", what, ": ", cudaGetErrorString(error));
+}
+
+inline dim3 row_grid(const AttentionForward& f) {
+  return {static_cast<unsigned>((f.seqlen_q + kRowUnit - 1) / kRowUnit),
+          static_cast<unsigned>(f.heads_q), static_cast<unsigned>(f.batch)};
+}
+
+// Launches a kernel of shape S, with shared memory for its tiles.
+template <class S, class Kernel>
+void launch(Kernel* kernel, dim3 grid, const AttentionBackward& p, const BackwardScratch& scratch,
+            cudaStream_t stream) {
+  const auto head_dim = static_cast<int>(p.forward.head_dim);
+  const auto head_dim_v = static_cast<int>(p.forward.head_dim_v);
+  const auto bytes = static_cast<int>(BackwardShared<S>(0, head_dim, head_dim_v).end);
+  if (bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    FL_CHECK(error == cudaSuccess, "attention_backward: ", cudaGetErrorString(error));
+  }
+  kernel<<<grid, S::kThreads, bytes, stream>>>(p, scratch);
+  check_launch("tiles");
+}
+
+inline unsigned tiles(int64_t size, int64_t tile) {
+  return static_cast<unsigned>((size + tile - 1) / tile);
+}
+
+template <class T, int kDim, bool kGeneral, bool kOld>
+void launch_main(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
+  using S = BackwardShape<T, kDim, kGeneral, kOld>;
+  const AttentionForward& f = p.forward;
+  const dim3 grid(tiles(f.seqlen_k, S::kBlockN) * (kDim / S::kColumns),
+                  static_cast<unsigned>(f.heads_k), static_cast<unsigned>(f.batch));
+  launch<S>(attention_backward_kernel<T, kDim, kGeneral>, grid, p, scratch, stream);
+}
+
+// What an additive mask needs besides.
+template <class T, int kDim, bool kOld>
+void launch_sums(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
+  using S = BackwardShape<T, kDim, true, kOld>;
+  const AttentionForward& f = p.forward;
+  const dim3 rows(tiles(f.seqlen_q, S::kBlockM), static_cast<unsigned>(f.heads_q),
+                  static_cast<unsigned>(f.batch));
+  launch<S>(attention_row_sums_kernel<T, kDim>, rows, p, scratch, stream);
+  if (p.dmask == nullptr || f.seqlen_k == 0) return;
+  const unsigned tiles_q = p.dmask_stride_q ? tiles(f.seqlen_q, S::kBlockM) : 1;
+  const unsigned tiles_k = p.dmask_stride_k ? tiles(f.seqlen_k, S::kBlockN) : 1;
+  const dim3 mask(tiles_q * tiles_k, p.dmask_stride_h ? static_cast<unsigned>(f.heads_q) : 1,
+                  p.dmask_stride_b ? static_cast<unsigned>(f.batch) : 1);
+  launch<S>(attention_mask_gradient_kernel<T, kDim>, mask, p, scratch, stream);
+}
+
+template <class T>
+void launch_backward(const AttentionBackward& p, const BackwardScratch& scratch, bool old_gpu,
+                     cudaStream_t stream) {
+  const AttentionForward& f = p.forward;
+  const auto dim = static_cast<int>(std::max(f.head_dim, f.head_dim_v));
+  attention_row_data_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
+  check_launch("row data");
+  if (p.dsinks) {
+    attention_sinks_gradient_kernel<kRowThreads>
+        <<<static_cast<unsigned>(f.heads_q), kRowThreads, 0, stream>>>(p, scratch);
+    check_launch("sinks");
+  }
+  const bool general = scratch.general;
+  with_bool(old_gpu, [&](auto old) {
+    constexpr bool kOld = decltype(old)::value;
+    if (f.mask.kind == MaskKind::kAdditive) {
+      dim > 128 ? launch_sums<T, 256, kOld>(p, scratch, stream)
+                : launch_sums<T, 128, kOld>(p, scratch, stream);
+    }
+    if (f.seqlen_k == 0) return;
+    if (dim > 128) return launch_main<T, 256, true, kOld>(p, scratch, stream);
+    if (general) return launch_main<T, 128, true, kOld>(p, scratch, stream);
+    if (dim > 64) return launch_main<T, 128, false, kOld>(p, scratch, stream);
+    launch_main<T, 64, false, kOld>(p, scratch, stream);
+  });
+  attention_dq_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
+  check_launch("dq");
+}
+
+}  // namespace fl

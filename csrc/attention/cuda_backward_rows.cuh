@@ -1,0 +1,128 @@
+// What comes before and after the main kernel of the attention backward: data of every query row,
+// and dq from its sums.
+#pragma once
+
+#include "attention/cuda_backward_shape.cuh"
+
+namespace fl {
+
+constexpr int kRowThreads = 256;
+
+// Eight numbers of a row, zero from `count` on.
+template <class T>
+__device__ __forceinline__ void load_eight(const T* from, int count, bool aligned, float (&x)[8]) {
+  if (aligned && count >= 8 && sizeof(T) == 2) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    const T* values = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = static_cast<float>(values[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = e < count ? static_cast<float>(from[e]) : 0.0f;
+  }
+}
+
+// Eight lanes' part of a . b, summed up: each lane takes every eighth chunk of eight columns.
+template <class T>
+__device__ __forceinline__ float dot_rows(const T* a, const T* b, int columns, bool aligned,
+                                          int lane) {
+  float sum = 0.0f;
+  for (int chunk = lane; 8 * chunk < columns; chunk += 8) {
+    float x[8], y[8];
+    load_eight(a + 8 * chunk, columns - 8 * chunk, aligned, x);
+    load_eight(b + 8 * chunk, columns - 8 * chunk, aligned, y);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+  }
+#pragma unroll
+  for (int offset = 1; offset < 8; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+// One block per (batch, query head, kRowUnit rows): row data, zeros for dq and the turns.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    attention_row_data_kernel(const __grid_constant__ AttentionBackward p,
+                              const __grid_constant__ BackwardScratch scratch) {
+  const AttentionForward& f = p.forward;
+  const int b = blockIdx.z, h = blockIdx.y, thread = threadIdx.x;
+  const Sequence sequence(f, b);
+  const int i0 = blockIdx.x * kRowUnit;
+  if (thread == 0 && blockIdx.x == 0 && h == 0 && b == 0) *scratch.ticket = 0;
+  if (i0 >= sequence.seqlen_q) return;
+  const int64_t first = scratch.first_row(f, b, h, sequence) + i0;
+  auto* sums = reinterpret_cast<float4*>(scratch.dq_tile(first, 0));
+  for (int index = thread; index < kRowUnit * scratch.columns / 4; index += kRowThreads) {
+    sums[index] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  if (thread < kRowUnit / 16 * 2) scratch.turns[first / 16 * 2 + thread] = 0;
+
+  const T* o = static_cast<const T*>(f.o.data) + b * f.o.stride_b + h * f.o.stride_h;
+  const T* dout = static_cast<const T*>(p.dout.data) + b * p.dout.stride_b + h * p.dout.stride_h;
+  const int columns = static_cast<int>(f.head_dim_v);
+  const bool aligned = (reinterpret_cast<uintptr_t>(o) | reinterpret_cast<uintptr_t>(dout) |
+                        f.o.stride_s * sizeof(T) | p.dout.stride_s * sizeof(T)) %
+                           16 ==
+                       0;
+  const int64_t statistics = b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q;
+  for (int r = thread / 8; r < kRowUnit; r += kRowThreads / 8) {
+    const int i = i0 + r;
+    const bool inside = i < sequence.seqlen_q;
+    const int64_t row = sequence.first_q + i;
+    const float dot =
+        dot_rows(o + (inside ? row : 0) * f.o.stride_s, dout + (inside ? row : 0) * p.dout.stride_s,
+                 inside ? columns : 0, aligned, thread % 8);
+    if (thread % 8 != 0) continue;
+    const float lse = inside ? f.lse[statistics + i] : -INFINITY;
+    const float dlse = inside && p.dlse ? p.dlse[statistics + i] : 0.0f;
+    float* data = scratch.row_data + first + r;
+    // Where a row saw nothing, -inf makes all of its probabilities 0.
+    data[0] = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
+    data[scratch.row_array] = dlse - dot;
+    data[2 * scratch.row_array] = 1.0f;
+  }
+}
+
+// dq = factor times its sums. One block per (batch, query head, kRowUnit rows).
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    attention_dq_kernel(const __grid_constant__ AttentionBackward p,
+                        const __grid_constant__ BackwardScratch scratch) {
+  const AttentionForward& f = p.forward;
+  const int b = blockIdx.z, h = blockIdx.y;
+  const Sequence sequence(f, b);
+  const int i0 = blockIdx.x * kRowUnit;
+  if (i0 >= sequence.seqlen_q) return;
+  const int64_t first = scratch.first_row(f, b, h, sequence) + i0;
+  T* dq = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + h * p.dq.stride_h +
+          sequence.first_q * p.dq.stride_s;
+  const bool aligned = (reinterpret_cast<uintptr_t>(dq) | p.dq.stride_s * sizeof(T)) % 16 == 0;
+  const int chunks = (static_cast<int>(f.head_dim) + 7) / 8;
+  for (int index = threadIdx.x; index < kRowUnit * chunks; index += kRowThreads) {
+    const int r = index / 8 / chunks * 8 + index % 8, chunk = index / 8 % chunks;
+    const int i = i0 + r, count = static_cast<int>(f.head_dim) - 8 * chunk;
+    if (i >= sequence.seqlen_q) continue;
+    // Lanes 4 r % 8 to 4 r % 8 + 3 held columns 2 t (first 32 numbers) and 2 t + 1 (next).
+    const float* tile = scratch.dq_tile(first + r, 8 * chunk) + r % 16 / 8 * 64 + r % 8 * 4;
+    const float4 even = *reinterpret_cast<const float4*>(tile);
+    const float4 odd = *reinterpret_cast<const float4*>(tile + 32);
+    const float values[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+    T* to = dq + i * p.dq.stride_s + 8 * chunk;
+    if (aligned && count >= 8 && sizeof(T) == 2) {
+      uint4 bits;
+      auto* words = reinterpret_cast<uint32_t*>(&bits);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        words[e] = pack<T>(values[2 * e] * f.softmax_scale, values[2 * e + 1] * f.softmax_scale);
+      }
+      *reinterpret_cast<uint4*>(to) = bits;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        if (e < count) to[e] = T(values[e] * f.softmax_scale);
+      }
+    }
+  }
+}
+
+}  // namespace fl

@@ -1,0 +1,242 @@
+// Probabilities and score gradients of one warp's keys and a step of queries, in registers: the
+// products k q' and v do', turned so that p' and ds' are operands of dv += p' do and dk += ds' q.
+#pragma once
+
+#include "attention/cuda_backward_shape.cuh"
+
+namespace fl {
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
+// The same number, of which the compiler does not know that: what is computed from it is computed
+// again where it is needed, instead of being kept in registers over a whole loop.
+template <class T>
+__device__ __forceinline__ T afresh(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Row 0 of a sequence in head h of batch b of x; `first` rows lie before it.
+template <class T>
+__device__ __forceinline__ T* head_of(const TensorView4& x, int64_t b, int64_t h, int64_t first) {
+  return static_cast<T*>(x.data) + b * x.stride_b + h * x.stride_h + first * x.stride_s;
+}
+
+// Rows from `row` on to a shared tile; in general by panels, as many as there are columns.
+template <class Tile, class S>
+__device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x, int64_t stride,
+                                          int row, int rows, int columns) {
+  using T = typename S::T;
+  const int thread = afresh(static_cast<int>(threadIdx.x));
+  if constexpr (S::kGeneral) {
+    using Panel = SharedTile<T, Tile::kRows, Tile::kPanel>;
+    for (int column = 0; column < columns; column += Tile::kPanel) {
+      TileCopy<Panel, S::kThreads, T>(tile, x + column, stride, row, rows,
+                                      min(columns - column, Tile::kPanel), thread)
+          .next();
+      tile += Panel::kBytes;
+    }
+  } else {
+    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, thread).next();
+  }
+}
+
+// Row data from row `from` on to shared memory; between the arrays lie `row_array` numbers.
+template <class S>
+__device__ __forceinline__ void copy_row_data(const float* from, int64_t row_array, uint32_t to) {
+  constexpr int kChunks = S::kBlockM / 4;  // of 16 bytes, per array
+  const int thread = afresh(static_cast<int>(threadIdx.x));
+  if (thread < S::kRowArrays * kChunks) {
+    copy_async(to + thread * 16, from + thread / kChunks * row_array + thread % kChunks * 4, 16);
+  }
+}
+
+__device__ __forceinline__ Dropout read_dropout(const AttentionForward& f) {
+  Dropout dropout = f.dropout;
+  if (f.dropout_rng) {
+    dropout.seed = static_cast<uint64_t>(f.dropout_rng[0]);
+    dropout.offset = static_cast<uint32_t>(f.dropout_rng[1]);
+  }
+  return dropout;
+}
+
+// Where the warp is: its first key and the step's first query, and what decides about a pair.
+struct TilePlace {
+  int b, h, i0, j0;
+};
+
+template <class S>
+class GradientTile {
+  using T = typename S::T;
+
+ public:
+  __device__ __forceinline__ GradientTile(const BackwardShared<S>& shared, int warp, int lane)
+      : shared_(shared),
+        a_(S::TileKv::lane_a(warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
+        b_(S::TileQ::lane_b(0, lane)),
+        lane_(lane) {}
+
+  // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
+  __device__ __forceinline__ void multiply(int first, int head_dim, int head_dim_v) {
+    product<false>(s, shared_.k, shared_.q, first, head_dim);
+    product<!S::kGeneral>(dp, shared_.v, shared_.dout, first, head_dim_v);
+  }
+
+  // s to p, dp to ds. Hidden scores are -inf.
+  __device__ __forceinline__ void differentiate(int first, float scale) {
+    const uint32_t row = row_data(first);
+#pragma unroll
+    for (int n = 0; n < S::kTilesN; ++n) {
+      const float2 minus_lse = load_shared_pair(row + 32 * n);
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& p = s[m][n].r[e];
+          p = exp2_approx(fmaf(p, scale, e % 2 ? minus_lse.y : minus_lse.x));
+          dp[m][n].r[e] *= p;
+        }
+      }
+    }
+  }
+
+  // Hides the scores of pairs that do not see each other.
+  __device__ __forceinline__ void hide(const Sequence& sequence, const TilePlace& at) {
+    const int lane = afresh(lane_), key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
+    const int behind_end = key - query - sequence.end_offset;
+    const int behind_begin = key - query - sequence.begin_offset;
+    const int behind_last = key - sequence.seqlen_k;
+    map([&](int m, int n, int e) {
+      const int rows = 16 * m + e / 2 * 8, columns = 8 * n + e % 2;
+      const bool visible = behind_end + rows - columns < 0 && behind_last + rows < 0 &&
+                           behind_begin + rows - columns >= 0;
+      s[m][n].r[e] = visible ? s[m][n].r[e] : -INFINITY;
+    });
+  }
+
+  // s to p, dp to dropout(dp), with all rules; f(p, dropped p, dropped dp, minus_delta, slope of
+  // the softcap, m, n, e) leaves there what it wants.
+  template <class F>
+  __device__ __forceinline__ void differentiate(const AttentionForward& p, const Sequence& sequence,
+                                                const ScoreRules& rules, const Dropout& dropout,
+                                                const TilePlace& at, int first, F f) {
+    const float factor = dropout.enabled() ? dropout.scale() : 1.0f;
+#pragma unroll
+    for (int n = 0; n < S::kTilesN; ++n) {
+      const uint32_t row = row_data(first + 8 * n);
+      const float2 minus_lse = load_shared_pair(row);
+      const float2 minus_delta = load_shared_pair(row + S::kBlockM * 4);
+      const float2 normalizer = load_shared_pair(row + S::kBlockM * 8);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = query_of(at, n, c), begin = sequence.begin(i), end = sequence.end(i);
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) {
+          const uint32_t random = dropout.enabled() ? random_of(p, dropout, at, i, m) : 0;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int e = 2 * r + c, j = key_of(at, m, e);
+            float x = -INFINITY, slope = 0.0f;
+            if (i < sequence.seqlen_q && j >= begin && j < end) {
+              x = rules.with_slope(s[m][n].r[e], i, j, slope);
+            }
+            const float probability = exp2_approx((x + (c ? minus_lse.y : minus_lse.x)) * kLog2e) *
+                                      (c ? normalizer.y : normalizer.x);
+            const bool kept = (random >> 16 * r & 0xffff) >= dropout.threshold;
+            f(probability, kept ? probability : 0.0f, kept ? dp[m][n].r[e] * factor : 0.0f,
+              c ? minus_delta.y : minus_delta.x, slope, m, n, e);
+          }
+        }
+      }
+    }
+  }
+
+  // The lane's columns of row data from row `first` of the block on.
+  __device__ __forceinline__ uint32_t row_data(int first) const {
+    return shared_.rows + first * 4 + afresh(lane_) % 4 * 8;
+  }
+  __device__ __forceinline__ int query_of(const TilePlace& at, int n, int e) const {
+    return at.i0 + 8 * n + lane_ % 4 * 2 + e % 2;
+  }
+  __device__ __forceinline__ int key_of(const TilePlace& at, int m, int e) const {
+    return at.j0 + 16 * m + e / 2 * 8 + lane_ / 4;
+  }
+  template <class F>
+  __device__ __forceinline__ void map(F f) const {
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(m, n, e);
+      }
+    }
+  }
+
+  Accumulator s[S::kTilesM][S::kTilesN], dp[S::kTilesM][S::kTilesN];
+
+ private:
+  // x = a b' (+ minus_delta of the column), a: the warp's keys, b: the step's queries.
+  template <bool kMinusDelta>
+  __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
+                                          uint32_t b_tile, int first, int dim) {
+    const int steps = S::kGeneral ? (dim + kDepth<T> - 1) / kDepth<T> : S::kDim / kDepth<T>;
+    const uint32_t a_lane = afresh(a_) + a_tile, row = row_data(first);
+    const uint32_t b_lane = afresh(b_) + b_tile + first * S::TileQ::kRowBytes;
+    if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
+#pragma unroll(S::kGeneral ? 1 : S::kDim / kDepth<T>)
+    for (int step = 0; step < steps; ++step) {
+      FragmentA<T> a[S::kTilesM];
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) S::TileKv::load_a(a[m], a_lane, step, 16 * m);
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; n += 2) {
+        FragmentB<T> b[2];
+        S::TileQ::load_b(b, b_lane, step, 8 * n);
+        const bool begins = !S::kGeneral && step == 0;
+#pragma unroll
+        for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            Accumulator& to = x[m][n + half];
+            if (begins) to = start_of<kMinusDelta>(row + 32 * (n + half));
+            mma<T>(to, a[m], b[half], to);
+          }
+        }
+      }
+    }
+  }
+
+  // What sums of columns begin with whose row data is at `row`.
+  template <bool kMinusDelta>
+  static __device__ __forceinline__ Accumulator start_of(uint32_t row) {
+    if constexpr (!kMinusDelta) return {};
+    // Loaded twice: two registers more would be copies.
+    const float2 upper = load_shared_pair(row + S::kBlockM * 4);
+    const float2 lower = load_shared_pair(row + S::kBlockM * 4);
+    return {{upper.x, upper.y, lower.x, lower.y}};
+  }
+
+  // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.
+  __device__ __forceinline__ uint32_t random_of(const AttentionForward& p, const Dropout& dropout,
+                                                const TilePlace& at, int i, int m) const {
+    const int j = at.j0 + 16 * m;
+    const auto counter = static_cast<uint32_t>(j / 64 * 8 + lane_ / 4);
+    const auto bh = static_cast<uint32_t>(at.b * p.heads_q + at.h);
+    const PhiloxWords random =
+        philox4x32_10(counter, static_cast<uint32_t>(i), bh, dropout.offset, dropout.seed);
+    const uint32_t low = j & 16 ? random.word[1] : random.word[0];
+    const uint32_t high = j & 16 ? random.word[3] : random.word[2];
+    return j & 32 ? high : low;
+  }
+
+  const BackwardShared<S>& shared_;
+  uint32_t a_, b_;  // this lane's places in a tile of keys and of queries
+  int lane_;
+};
+
+}  // namespace fl

@@ -1,0 +1,3 @@
+from fastlayers.benchmarks.ladder.ladder import main
+
+main()
