@@ -59,8 +59,11 @@ def check(op, tensors, grad, activation, needed=None, what="", **options):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed(request):
     torch.manual_seed(0)
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if OLD and parameters.get("backend") == "cuda" and parameters.get("dtype") == torch.bfloat16:
+        pytest.skip("this GPU has no tensor cores for bfloat16, and the kernels do not claim it")
 
 
 @cases
@@ -220,7 +223,8 @@ def test_any_call(op, backend, data):
     size = st.integers(0, 70)
     lead = data.draw(st.lists(st.integers(0, 9), max_size=3))
     k, n = data.draw(size), data.draw(size)
-    dtype, activation = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(ACTIVATIONS))
+    dtypes_here = DTYPES[:2] if OLD and backend == "cuda" else DTYPES
+    dtype, activation = data.draw(st.sampled_from(dtypes_here)), data.draw(st.sampled_from(ACTIVATIONS))
     tensors, grad = make(op, lead, k, n, dtype, exact=True)
     for i, tensor in enumerate(tensors):
         if tensor.dim() == 2 and data.draw(st.booleans()):
@@ -239,7 +243,7 @@ def test_lower_instruction_sets():
     """The kernels compiled for lesser CPUs than this one give right results, too."""
     isa = BELOW[_native.cpu_isa]
     while isa != "none":
-        chosen = "test_any_call or test_special_values or (test_odd_shapes and 200-100)"
+        chosen = "cpu and (test_any_call or test_special_values or (test_odd_shapes and 200-100))"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
         result = subprocess.run(command, env={**os.environ, "FASTLAYERS_CPU_ISA": isa}, capture_output=True, text=True)
         assert result.returncode == 0, f"{isa}:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"

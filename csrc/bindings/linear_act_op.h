@@ -98,7 +98,7 @@ inline void check_same_kind(const Tensor& tensor, const Tensor& reference, const
 }
 
 inline void check_weight(const Tensor& weight, const Tensor& reference, int64_t out_features,
-                  int64_t in_features) {
+                         int64_t in_features) {
   check_same_kind(weight, reference, "linear_act: weight");
   FL_CHECK(weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == in_features,
            "linear_act: weight has to be (", out_features, ", ", in_features, ")");
@@ -171,9 +171,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> forward(Tensor input, Tensor weight, OptionalTensor bias,
                                    std::string activation, bool save_preactivation,
                                    bool allow_tf32) {
-  auto [out, z, none] =
-      run_forward<Device>(input, {{&weight, nullptr}, {&bias, nullptr}}, activation,
-                          save_preactivation, allow_tf32);
+  auto [out, z, none] = run_forward<Device>(input, {{&weight, nullptr}, {&bias, nullptr}},
+                                            activation, save_preactivation, allow_tf32);
   return {out, z};
 }
 
@@ -272,7 +271,8 @@ void sum_columns(const Device& device, const Matrix& dz, const Tensor& dout, Ten
 template <class Device, class F>
 void run_again(const Device& device, const Matrix& grad, const Tensor& dout, const Saved& saved,
                int first, int end, Activation activation, F&& finish) {
-  FL_CHECK(saved.input && saved.input->dim() >= 1, "linear_act: without preactivation, input and "
+  FL_CHECK(saved.input && saved.input->dim() >= 1,
+           "linear_act: without preactivation, input and "
            "weight are needed");
   const Tensor& input = *saved.input;
   Parameters parameters{};

@@ -55,5 +55,6 @@ FL_TORCH_LIBRARY(m) {
       "gated_linear_act_backward(Tensor grad, Tensor? input, Tensor? weight_gate,"
       " Tensor? weight_up, Tensor? bias_gate, Tensor? bias_up, Tensor? gate, Tensor? up,"
       " str activation, bool needs_input, bool needs_weight_gate, bool needs_weight_up,"
-      " bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }

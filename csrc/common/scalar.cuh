@@ -31,6 +31,8 @@ __device__ __forceinline__ Scalar abs(Scalar a) { return fabsf(a.x); }
 __device__ __forceinline__ Scalar exp(Scalar a) { return expf(a.x); }
 __device__ __forceinline__ Scalar erf(Scalar a) { return erff(a.x); }
 __device__ __forceinline__ Scalar tanh(Scalar a) { return tanhf(a.x); }
-__device__ __forceinline__ Scalar sigmoid(Scalar a) { return Scalar(1.0f) / (Scalar(1.0f) + exp(-a)); }
+__device__ __forceinline__ Scalar sigmoid(Scalar a) {
+  return Scalar(1.0f) / (Scalar(1.0f) + exp(-a));
+}
 
 }  // namespace fl

@@ -1,7 +1,7 @@
 // activation_backward on CUDA: one pass over z and dout gives dz and the sums of its columns.
 //
-// Rows go in parts of kPassRows, whatever the GPU; each part leaves its sums in a row of its own, and
-// these are added in order, so that dbias is reproducible.
+// Rows go in parts of kPassRows, whatever the GPU; each part leaves its sums in a row of its own,
+// and these are added in order, so that dbias is reproducible.
 #include <climits>
 
 #include "common/check.h"
@@ -12,7 +12,8 @@
 namespace fl {
 namespace {
 
-// (part, 2, strips * Strip::kColumns): the columns of a strip by their place in a chunk, then by lane.
+// (part, 2, strips * Strip::kColumns): the columns of a strip by their place in a chunk, then by
+// lane.
 template <class T>
 __device__ __forceinline__ float* sums_of(float* partial, int64_t part, int which, int64_t strips,
                                           int64_t strip) {

@@ -69,7 +69,7 @@ void cuda_linear_act_gemm(const LinearActGemm& g, float* workspace, void* stream
       launch_gemm_bfloat16(plan);
       break;
     case DType::kFloat32:
-      g.allow_tf32 && plan.arch >= 80 ? launch_gemm_tf32(plan) : launch_gemm_float32(plan);
+      g.allow_tf32&& plan.arch >= 80 ? launch_gemm_tf32(plan) : launch_gemm_float32(plan);
       break;
   }
   if (plan.call.splits > 1) add_parts(plan.call, stream);

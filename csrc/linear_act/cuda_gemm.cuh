@@ -40,8 +40,8 @@ struct GemmShape {
   static constexpr int kTileDepth = gemm_depth<T>(kArch_), kStages = gemm_stages<T>(kArch_);
   static constexpr int kSteps = kTileDepth / kDepth<T>;
   static constexpr bool kAhead = kArch_ >= 80 && sizeof(T) == 2;
-  // Without tensor cores a step's fragments fill too many registers to stay, and its products are
-  // too many instructions to be written out for every step.
+  // Fragments of float32 fill many registers: without tensor cores too many to stay for a step, and
+  // with them too many for two steps at once.
   static constexpr bool kRowsStay = kArch_ >= 80 || sizeof(T) == 2;
   static constexpr int kUnrolled = sizeof(T) == 2 ? kSteps : 1;
   using CopyA = FactorCopy<T, kDenseA, kTileDepth>;
@@ -66,17 +66,23 @@ class TileStream {
     const int first = tiles_of<S>(g.k[0]);
     which_ = begin >= first;
     begin_ = static_cast<int64_t>(begin - (which_ ? first : 0)) * S::kTileDepth;
+    place_a_ = typename S::CopyA::Place(threadIdx.x).offset();
+    place_b_ = typename S::CopyB::Place(threadIdx.x).offset();
+    keep(place_a_);
+    keep(place_b_);
   }
 
-  // The next tile, where there is one.
+  // The next tile, where there is one. The first of a product takes the long way, too.
   __device__ __forceinline__ void next(uint32_t stage) {
-    if (left_ <= 0 && more_ > 0) aim();
     if (left_ >= least_) {
-      a_.template copy<0>(stage);
-      b_.template copy<S::kTileB>(stage);
-    } else if (left_ > 0) {
-      a_.copy_tail(stage, min(left_, S::kTileDepth));
-      b_.copy_tail(stage + S::kTileB, min(left_, S::kTileDepth));
+      a_.template copy<0>(stage + place_a_);
+      b_.template copy<S::kTileB>(stage + place_b());
+    } else {
+      if (left_ <= 0 && more_ > 0) aim();
+      if (left_ > 0) {
+        a_.copy_tail(stage + place_a_, min(left_, S::kTileDepth));
+        b_.copy_tail(stage + place_b() + S::kTileB, min(left_, S::kTileDepth));
+      }
     }
     a_.advance();
     b_.advance();
@@ -84,8 +90,8 @@ class TileStream {
   }
 
   __device__ __forceinline__ void deposit(uint32_t stage) {
-    a_.deposit(stage);
-    b_.deposit(stage + S::kTileB);
+    a_.deposit(stage + place_a_);
+    b_.deposit(stage + place_b() + S::kTileB);
   }
 
  private:
@@ -103,10 +109,15 @@ class TileStream {
     begin_ = 0;
   }
 
+  __device__ __forceinline__ uint32_t place_b() const {  // one register where both lie alike
+    return std::is_same_v<typename S::CopyA, typename S::CopyB> ? place_a_ : place_b_;
+  }
+
   const LinearActGemm& g_;
   int64_t m0_, n0_, begin_;
-  int which_, more_;           // the factors that come next, and how many tiles of them
-  int left_ = 0, least_ = 1;  // of k; where less is left, tiles take more care
+  uint32_t place_a_, place_b_;  // this thread's, in the tiles
+  int which_, more_;            // the factors that come next, and how many tiles of them
+  int left_ = 0, least_ = 1;    // of k; where less is left, tiles take more care
   typename S::CopyA a_;
   typename S::CopyB b_;
 };
@@ -140,16 +151,18 @@ __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) 
   TileStream<S> stream(g, m0, n0, begin, tiles);
   std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(warp_row, warp_column,
                                                                            lane);
-  const uint32_t last = memory + (S::kStages - 1) * S::kStageBytes;
+  uint32_t first = memory, last = memory + (S::kStages - 1) * S::kStageBytes;
+  keep(first);
+  keep(last);
 #pragma unroll 1
-  for (uint32_t stage = memory; stage != last; stage += S::kStageBytes) {
+  for (uint32_t stage = first; stage != last; stage += S::kStageBytes) {
     stream.next(stage);
     stream.deposit(stage);
     commit_copies();
   }
   wait_for_copies<S::kStages - 2>();
   __syncthreads();
-  uint32_t read = memory, write = last;
+  uint32_t read = first, write = last;
   if (tiles > 0) product.start(read);
 #pragma unroll 1
   for (int left = tiles; left > 0; --left) {
@@ -161,7 +174,7 @@ __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) 
     wait_for_copies<S::kStages - 2>();
     __syncthreads();
     write = read;
-    read = read == last ? memory : read + S::kStageBytes;
+    read = S::kStages == 2 ? first + last - read : read == last ? first : read + S::kStageBytes;
     if (left > 1) product.start(read);
     product.finish();
   }

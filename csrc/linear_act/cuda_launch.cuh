@@ -34,8 +34,9 @@ template <class T>
 void launch_gemm_for_layout(const GemmPlan& plan) {
   const bool a = plan.call.g.a[0].k_dense, b = plan.call.g.b[0].k_dense;
   FL_CHECK(a || !b, "linear_act: no kernel for an a with dense rows beside a b with dense k");
-  a && b ? launch_gemm<T, true, true>(plan)
-         : a ? launch_gemm<T, true, false>(plan) : launch_gemm<T, false, false>(plan);
+  a&& b ? launch_gemm<T, true, true>(plan)
+  : a   ? launch_gemm<T, true, false>(plan)
+        : launch_gemm<T, false, false>(plan);
 }
 
 void launch_gemm_float32(const GemmPlan& plan);

@@ -9,9 +9,9 @@
 
 namespace fl {
 
-// What a launch of the product is told. Where splits > 1, block (x, y) sums over the y-th part of k,
-// and leaves its sums in `partial`: (splits, m or 2 m where gated, n), rows partial_stride apart.
-// The rows of the second product come behind.
+// What a launch of the product is told. Where splits > 1, block (x, y) sums over the y-th part of
+// k, and leaves its sums in `partial`: (splits, m or 2 m where gated, n), rows partial_stride
+// apart. The rows of the second product come behind.
 struct GemmCall {
   LinearActGemm g;
   float* partial = nullptr;

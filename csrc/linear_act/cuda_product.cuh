@@ -117,8 +117,8 @@ class AheadProduct : public WarpSums<S> {
   FragmentB<T> columns_[2][kTilesN];
 };
 
-// Everything else: fragments take more registers, or tiles on their way to shared memory do, so that
-// they are loaded where they are needed.
+// Everything else: fragments take more registers, or tiles on their way to shared memory do, so
+// that they are loaded where they are needed.
 template <class S>
 class DirectProduct : public WarpSums<S> {
   using T = typename S::T;

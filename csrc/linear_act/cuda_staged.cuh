@@ -1,5 +1,5 @@
-// A warp's sums on their way out, through shared memory: what is done to them is one short loop over
-// 16-byte chunks of rows, not unrolled over every accumulator.
+// A warp's sums on their way out, through shared memory: what is done to them is one short loop
+// over 16-byte chunks of rows, not unrolled over every accumulator.
 #pragma once
 
 #include "linear_act/cuda_epilogue.cuh"
@@ -27,7 +27,8 @@ struct StagedSums {
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t to = at(lane / 4, 8 * n + lane % 4 * 2) + (first_row + 8 * r) * kWarpColumns * 4;
+        const uint32_t to =
+            at(lane / 4, 8 * n + lane % 4 * 2) + (first_row + 8 * r) * kWarpColumns * 4;
         asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(sums[n].r[2 * r]),
                      "f"(sums[n].r[2 * r + 1]));
       }

@@ -11,7 +11,8 @@ namespace fl {
 
 // Present where the CUDA sources are compiled in: test the address before calling. They take no a
 // with dense rows beside a b with dense k, and activations, biases and the gated form with dense k
-// alone. A workspace is of as many floats as the function before says, on the device; null for none.
+// alone. A workspace is of as many floats as the function before says, on the device; null for
+// none.
 __attribute__((weak)) int64_t cuda_linear_act_gemm_workspace(const LinearActGemm& g);
 __attribute__((weak)) void cuda_linear_act_gemm(const LinearActGemm& g, float* workspace,
                                                 void* stream);

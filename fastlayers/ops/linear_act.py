@@ -127,9 +127,7 @@ def _gated_linear_act_backward(operators, ctx, grad, *_):
     return (*_wanted(found, ctx.needs), None, None, None)
 
 
-def _gated_linear_act_forward_fake(
-    input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, allow_tf32
-):
+def _gated_linear_act_forward_fake(input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, allow_tf32):
     shape = (*input.shape[:-1], weight_gate.shape[0])
     saved = shape if saves else 0
     return input.new_empty(shape), input.new_empty(saved), input.new_empty(saved)
