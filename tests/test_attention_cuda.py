@@ -62,7 +62,9 @@ def test_strides(dtype):
     shared = randn(3, 4, 65, 32, dtype=dtype, seed=4)
     check_cuda(ops.attention, query, shared[:2], shared[1:], "keys and values that overlap")
     check_cuda(ops.attention, query, key[:, :1].expand(-1, 4, -1, -1), value, "broadcast")
-    check_cuda(ops.attention, *(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)), "turned")
+    check_cuda(
+        ops.attention, *(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)), "turned"
+    )
 
 
 @on_dtypes

@@ -111,8 +111,7 @@ __device__ __forceinline__ void forward_block(const AttentionForward& p) {
   const float scale = S::kGeneral ? 1.0f : p.softmax_scale * kLog2e;
   // Tiles in which every row of the warp sees every key, copied by whole rows.
   const int plain_begin = keys.all_begin;
-  const int plain_last =
-      min(keys.all_end, min(copy_k.whole_rows(), copy_v.whole_rows())) - S::kBlockN;
+  const int plain_last = min(keys.all_end, min(copy_k.whole_rows(), copy_v.whole_rows())) - S::kBlockN;
 
   if (j_begin < j_end) {
     copy_q.next();

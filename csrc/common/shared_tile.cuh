@@ -195,8 +195,7 @@ struct SharedTile {
 
 // Rows of a matrix in global memory, on their way into one shared tile after the other: what one of
 // kThreads threads copies. It has one chunk of a panel and every kStep-th row; where it puts them
-// differs by constants. kDirection is 1, or -1 where the tiles are wanted from the last to the
-// first.
+// differs by constants. kDirection is 1, or -1 where the tiles are wanted from the last to the first.
 template <class Tile, int kThreads, class T, int kDirection = 1>
 class TileCopy {
   static constexpr int kStep = kThreads / Tile::kChunks, kPanels = Tile::kColumns / Tile::kPanel;

@@ -61,14 +61,14 @@ struct Fragment<float, kWords> : FloatRows {};
 template <int kWords>
 struct Fragment<Tf32, kWords> : FloatRows {};
 #else
-// x = big + small, up to 2^-24 |x|; `small` is NaN where x is NaN or infinite.
+// x = big + small, up to 2^-23 |x|. Tensor cores do not read the last 13 bits, so that `small`
+// needs no rounding; it is NaN where x is NaN or infinite.
 template <int kWords>
 struct Fragment<float, kWords> {
   uint32_t big[kWords], small[kWords];
   __device__ __forceinline__ void set(int i, uint32_t word) {
     big[i] = word + 0x1000u & 0xffffe000u;
-    const float rest = __uint_as_float(word) - __uint_as_float(big[i]);
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(small[i]) : "f"(rest));
+    small[i] = __float_as_uint(__uint_as_float(word) - __uint_as_float(big[i]));
   }
 };
 template <int kWords>
@@ -130,10 +130,11 @@ __device__ __forceinline__ void mma(Accumulator& d, const FragmentA<T>& a, const
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float sum = c.r[i];
+      // Sums of eight, then of those: one chain of 256 would round more often than the rule allows.
+      float sum = a.r[i / 2][0] * b.r[i % 2][0];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) sum = fmaf(a.r[i / 2][k], b.r[i % 2][k], sum);
-      d.r[i] = sum;
+      for (int k = 1; k < 8; ++k) sum = fmaf(a.r[i / 2][k], b.r[i % 2][k], sum);
+      d.r[i] = c.r[i] + sum;
     }
 #else
     if constexpr (std::is_same_v<T, Tf32>) {

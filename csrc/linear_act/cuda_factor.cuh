@@ -56,26 +56,23 @@ class FactorCopy {
                                       const FactorRows& where, int64_t k_begin, uint32_t thread) {
     const T* data = static_cast<const T*>(factor.data);
     const int64_t stride = factor.stride;
-    aligned_ = (reinterpret_cast<uintptr_t>(data) | stride * sizeof(T)) % 16 == 0;
+    aligned_ = (address(data) | stride * sizeof(T)) % 16 == 0;
     const Place own(thread);
     if constexpr (kDense) {
-      column_ = kChunk * own.chunk;
       const int64_t last = where.rows - 1;
       const int64_t row0 = where.first + (where.gated ? own.half : own.row);
       const int64_t row1 = where.gated ? row0 : row0 + 32;
       const T* data1 = static_cast<const T*>(where.gated ? second.data : factor.data);
       const int64_t stride1 = where.gated ? second.stride : stride;
-      aligned_ = aligned_ && (reinterpret_cast<uintptr_t>(data1) | stride1 * sizeof(T)) % 16 == 0;
       // Rows that are not there are read as the last one: what becomes of them is not stored.
-      at_ = address(data + min(row0, last) * stride + k_begin + column_);
-      at1_ = address(data1 + min(row1, last) * stride1 + k_begin + column_);
+      at_ = address(data + min(row0, last) * stride + k_begin + kChunk * own.chunk);
+      at1_ = address(data1 + min(row1, last) * stride1 + k_begin + kChunk * own.chunk);
+      aligned_ = aligned_ && (address(data1) | stride1 * sizeof(T)) % 16 == 0;
       whole_ = aligned_;
     } else {
-      row_ = own.row;
       at_ = address(data + (k_begin + own.row) * stride + where.first + kChunk * own.chunk);
       row_step_ = kRowStep * stride * sizeof(T);
-      columns_ =
-          static_cast<int>(min(where.rows - where.first, int64_t{kBlockRows})) - kChunk * own.chunk;
+      columns_ = static_cast<int>(min(where.rows - where.first, int64_t{kBlockRows}));
       whole_ = aligned_ && where.first + kBlockRows <= where.rows;
     }
   }
@@ -117,18 +114,23 @@ class FactorCopy {
   // What copy() took, where it could not be asynchronous.
   __device__ __forceinline__ void deposit(uint32_t place) {
 #if __CUDA_ARCH__ < 800
-    if (!kHolds || !holds_) return;
+    if constexpr (kHolds) {
+      if (!holds_) return;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) store(register_part(place, i) + constant_part(i), held_[i]);
-    holds_ = false;
+      for (int i = 0; i < kCopies; ++i) store(register_part(place, i) + constant_part(i), held_[i]);
+      holds_ = false;
+    }
 #endif
   }
 
   // The next tile, of which `depth` (1 to kDepth) are there; the rest is 0.
   __device__ __forceinline__ void copy_tail(uint32_t place, int depth) {
+    uint32_t thread = threadIdx.x;
+    keep(thread);  // computed here again, so that it takes no register elsewhere
+    const Place own(thread);
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
-      const int count = min(max(count_of(i, depth), 0), kChunk);
+      const int count = min(max(count_of(i, depth, own), 0), kChunk);
       const T* from = reinterpret_cast<const T*>(source(i) + source_constant(i));
       const uint32_t to = register_part(place, i) + constant_part(i);
       bool whole = aligned_;
@@ -166,11 +168,11 @@ class FactorCopy {
   static __device__ constexpr int source_constant(int i) {  // bytes
     return kDense ? i / 2 * 32 : i % kPanels * Tile::kRowBytes;
   }
-  __device__ __forceinline__ int count_of(int i, int depth) const {
+  __device__ __forceinline__ int count_of(int i, int depth, const Place& own) const {
     if constexpr (kDense) {
-      return depth - column_ - i / 2 * 2 * kChunk;
+      return depth - kChunk * own.chunk - i / 2 * 2 * kChunk;
     } else {
-      return row_ + i / kPanels * kRowStep < depth ? columns_ - i % kPanels * Tile::kPanel : 0;
+      return own.row + i / kPanels * kRowStep < depth ? columns_ - kChunk * own.chunk - i % kPanels * Tile::kPanel : 0;
     }
   }
   static __device__ __forceinline__ uint64_t address(const T* data) {
@@ -182,7 +184,7 @@ class FactorCopy {
   }
 
   uint64_t at_, at1_, row_step_;  // addresses and bytes
-  int column_, row_, columns_;
+  int columns_;  // of a tile, those that are there
   bool aligned_, whole_, holds_ = false;
 #if __CUDA_ARCH__ < 800
   uint4 held_[kHolds ? kCopies : 1];

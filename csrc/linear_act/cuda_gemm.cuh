@@ -43,7 +43,7 @@ struct GemmShape {
   // Fragments of float32 fill many registers: without tensor cores too many to stay for a step, and
   // with them too many for two steps at once.
   static constexpr bool kRowsStay = kArch_ >= 80 || sizeof(T) == 2;
-  static constexpr int kUnrolled = sizeof(T) == 2 ? kSteps : 1;
+  static constexpr int kUnrolled = kRowsStay && sizeof(T) == 4 ? 1 : kSteps;
   using CopyA = FactorCopy<T, kDenseA, kTileDepth>;
   using CopyB = FactorCopy<T, kDenseB, kTileDepth>;
   static constexpr int kTileB = CopyA::Tile::kBytes;  // where it begins in a stage
@@ -55,17 +55,47 @@ __device__ __forceinline__ int tiles_of(int64_t k) {
   return static_cast<int>((k + S::kTileDepth - 1) / S::kTileDepth);
 }
 
+// The block's first row and column of out. 8 rows of tiles are done column by column, then the next
+// 8, so that blocks that run together share rows of a and b in the L2 cache.
+template <class S>
+struct BlockPlace {
+  int row, column;
+  bool gated;
+
+  // To be computed where it is needed, so that it takes no register in between.
+  __device__ __forceinline__ explicit BlockPlace(const GemmCall& call) {
+    constexpr int kBand = 8;
+    uint32_t index = blockIdx.x;
+    keep(index);
+    const int block = static_cast<int>(index);
+    const int band = block / (kBand * call.tiles_n), within = block % (kBand * call.tiles_n);
+    const int height = min(call.tiles_m - band * kBand, kBand);
+    gated = S::kActivates && call.g.form == LinearActGemm::Form::kGated;
+    row = (band * kBand + within % height) * kBlockRows;
+    column = within / height * (gated ? kBlockRows / 2 : kBlockRows);
+  }
+};
+
+// The tiles that the block sums over, of those of both products.
+template <class S>
+struct PartOfTiles {
+  int begin, tiles;
+
+  __device__ __forceinline__ explicit PartOfTiles(const GemmCall& call) {
+    const int64_t all = tiles_of<S>(call.g.k[0]) + tiles_of<S>(call.g.k[1]);
+    uint32_t part = blockIdx.y;
+    keep(part);
+    begin = static_cast<int>(all * part / call.splits);
+    tiles = static_cast<int>(all * (part + 1) / call.splits) - begin;
+  }
+};
+
 // Both factors' tiles, of the first product and then, in a sum, of the second.
 template <class S>
 class TileStream {
  public:
-  // From tile number `begin` of those of both products on, `tiles` of them.
-  __device__ __forceinline__ TileStream(const LinearActGemm& g, int64_t m0, int64_t n0, int begin,
-                                        int tiles)
-      : g_(g), m0_(m0), n0_(n0), more_(tiles) {
-    const int first = tiles_of<S>(g.k[0]);
-    which_ = begin >= first;
-    begin_ = static_cast<int64_t>(begin - (which_ ? first : 0)) * S::kTileDepth;
+  __device__ __forceinline__ TileStream(const GemmCall& call, int tiles)
+      : call_(call), more_(tiles > 0 ? kAll : 0) {
     place_a_ = typename S::CopyA::Place(threadIdx.x).offset();
     place_b_ = typename S::CopyB::Place(threadIdx.x).offset();
     keep(place_a_);
@@ -78,7 +108,7 @@ class TileStream {
       a_.template copy<0>(stage + place_a_);
       b_.template copy<S::kTileB>(stage + place_b());
     } else {
-      if (left_ <= 0 && more_ > 0) aim();
+      if (left_ <= 0 && more_ != 0) aim();
       if (left_ > 0) {
         a_.copy_tail(stage + place_a_, min(left_, S::kTileDepth));
         b_.copy_tail(stage + place_b() + S::kTileB, min(left_, S::kTileDepth));
@@ -95,62 +125,82 @@ class TileStream {
   }
 
  private:
+  static constexpr int kAll = -1;
+
+  // At the first tile of the block's, or, where those of the first product are done, the second's.
   __device__ __forceinline__ void aim() {
-    const bool gated = g_.form == LinearActGemm::Form::kGated;
-    const uint32_t thread = threadIdx.x;
-    const int w = which_;
-    a_.aim(g_.a[w], g_.a[w], {m0_, g_.m, false}, begin_, thread);
-    b_.aim(g_.b[w], g_.b[1], {n0_, g_.n, gated}, begin_, thread);
-    const int tiles = min(tiles_of<S>(g_.k[w] - begin_), more_);
-    left_ = static_cast<int>(min(g_.k[w] - begin_, int64_t{tiles} * S::kTileDepth));
+    const LinearActGemm& g = call_.g;
+    const BlockPlace<S> block(call_);
+    int w = 1;
+    int64_t k = 0;
+    if (more_ == kAll) {
+      const PartOfTiles<S> part(call_);
+      const int first = tiles_of<S>(g.k[0]);
+      w = part.begin >= first;
+      k = int64_t{part.begin - (w ? first : 0)} * S::kTileDepth;
+      more_ = part.tiles;
+    }
+    uint32_t thread = threadIdx.x;
+    keep(thread);  // what follows from it is not kept through the loop for the next time
+    a_.aim(g.a[w], g.a[w], {block.row, g.m, false}, k, thread);
+    b_.aim(g.b[w], g.b[1], {block.column, g.n, block.gated}, k, thread);
+    const int tiles = min(tiles_of<S>(g.k[w] - k), more_);
+    left_ = static_cast<int>(min(g.k[w] - k, int64_t{tiles} * S::kTileDepth));
     least_ = a_.whole() && b_.whole() ? S::kTileDepth : INT_MAX;
     more_ -= tiles;
-    which_ = 1;
-    begin_ = 0;
   }
 
   __device__ __forceinline__ uint32_t place_b() const {  // one register where both lie alike
     return std::is_same_v<typename S::CopyA, typename S::CopyB> ? place_a_ : place_b_;
   }
 
-  const LinearActGemm& g_;
-  int64_t m0_, n0_, begin_;
+  const GemmCall& call_;
   uint32_t place_a_, place_b_;  // this thread's, in the tiles
-  int which_, more_;            // the factors that come next, and how many tiles of them
+  int more_;                    // tiles behind those that left_ tells of
   int left_ = 0, least_ = 1;    // of k; where less is left, tiles take more care
   typename S::CopyA a_;
   typename S::CopyB b_;
 };
 
-// The block's place among the tiles of out: 8 rows of tiles are done column by column, then the
-// next 8, so that blocks that run together share rows of a and b in the L2 cache.
-__device__ __forceinline__ void place_of_block(const GemmCall& call, int* tile_m, int* tile_n) {
-  constexpr int kBand = 8;
-  const int band = static_cast<int>(blockIdx.x) / (kBand * call.tiles_n);
-  const int within = static_cast<int>(blockIdx.x) % (kBand * call.tiles_n);
-  const int height = min(call.tiles_m - band * kBand, kBand);
-  *tile_m = band * kBand + within % height;
-  *tile_n = within / height;
+// Where a warp's rows and columns of a block begin.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2 * kWarpRows; }
+__device__ __forceinline__ int warp_column() { return threadIdx.x / 64 * kWarpColumns; }
+
+// The warp's sums, through shared memory of its own at `memory`, to out.
+template <class S>
+__device__ __forceinline__ void store_sums(const GemmCall& call,
+                                           const Accumulator (&sums)[kTilesM][kTilesN],
+                                           uint32_t memory) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const StagedSums staged{memory + threadIdx.x / 32 * kStagedRows * kWarpColumns * 4};
+  const BlockPlace<S> block(call);
+  const int column = block.column + (block.gated ? warp_column() / 2 : warp_column());
+#pragma unroll 1
+  for (int half = 0; half < kWarpRows / kStagedRows; ++half) {
+    __syncwarp();
+    if (half == 0) {
+      staged.put(sums[0], 0, lane);
+      staged.put(sums[1], 16, lane);
+    } else {
+      staged.put(sums[2], 0, lane);
+      staged.put(sums[3], 16, lane);
+    }
+    __syncwarp();
+    const int row = block.row + warp_row() + half * kStagedRows;
+    if (call.splits > 1) {
+      store_partial(call, staged, row, column, lane);
+    } else {
+      store_staged<S>(call.g, staged, row, column, lane);
+    }
+  }
 }
 
 template <class S>
 __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) {
-  const LinearActGemm& g = call.g;
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int warp_row = warp % 2 * kWarpRows, warp_column = warp / 2 * kWarpColumns;
-  const bool gated = S::kActivates && g.form == LinearActGemm::Form::kGated;
-  int tile_m, tile_n;
-  place_of_block(call, &tile_m, &tile_n);
-  const int64_t m0 = int64_t{kBlockRows} * tile_m;
-  const int64_t n0 = int64_t{gated ? kBlockRows / 2 : kBlockRows} * tile_n;
-
-  const int64_t all = tiles_of<S>(g.k[0]) + tiles_of<S>(g.k[1]);
-  const int begin = static_cast<int>(all * blockIdx.y / call.splits);
-  const int tiles = static_cast<int>(all * (blockIdx.y + 1) / call.splits) - begin;
-
-  TileStream<S> stream(g, m0, n0, begin, tiles);
-  std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(warp_row, warp_column,
-                                                                           lane);
+  const int tiles = PartOfTiles<S>(call).tiles;
+  TileStream<S> stream(call, tiles);
+  std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(
+      warp_row(), warp_column(), static_cast<int>(threadIdx.x % 32));
   uint32_t first = memory, last = memory + (S::kStages - 1) * S::kStageBytes;
   keep(first);
   keep(last);
@@ -162,44 +212,27 @@ __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) 
   }
   wait_for_copies<S::kStages - 2>();
   __syncthreads();
-  uint32_t read = first, write = last;
+  uint32_t read = first;
   if (tiles > 0) product.start(read);
 #pragma unroll 1
   for (int left = tiles; left > 0; --left) {
     // The stage that is written was read last before the barrier that this tile came through.
+    const uint32_t write = S::kStages == 2 ? first + last - read
+                           : read == first ? last
+                                           : read - S::kStageBytes;
     stream.next(write);
     commit_copies();
     product.advance(read);
     stream.deposit(write);
     wait_for_copies<S::kStages - 2>();
     __syncthreads();
-    write = read;
-    read = S::kStages == 2 ? first + last - read : read == last ? first : read + S::kStageBytes;
+    read = S::kStages == 2 ? write : read == last ? first : read + S::kStageBytes;
     if (left > 1) product.start(read);
     product.finish();
   }
 
   // All that was in shared memory has been read: the last barrier came after it.
-  const StagedSums staged{memory + warp * kStagedRows * kWarpColumns * 4};
-  const int64_t column = n0 + (gated ? warp_column / 2 : warp_column);
-#pragma unroll 1
-  for (int half = 0; half < kWarpRows / kStagedRows; ++half) {
-    __syncwarp();
-    if (half == 0) {
-      staged.put(product.sums[0], 0, lane);
-      staged.put(product.sums[1], 16, lane);
-    } else {
-      staged.put(product.sums[2], 0, lane);
-      staged.put(product.sums[3], 16, lane);
-    }
-    __syncwarp();
-    const int64_t row = m0 + warp_row + half * kStagedRows;
-    if (call.splits > 1) {
-      store_partial(call, staged, row, column, lane);
-    } else {
-      store_staged<S>(g, staged, row, column, lane);
-    }
-  }
+  store_sums<S>(call, product.sums, memory);
 }
 
 template <class T, bool kDenseA, bool kDenseB>

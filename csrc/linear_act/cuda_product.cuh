@@ -158,11 +158,12 @@ class DirectProduct : public WarpSums<S> {
   __device__ __forceinline__ void finish() {}
 
  private:
-  // float32: tensor cores would round the long sum three times per step, and towards zero; it is
-  // added to by itself. Ootomo & Yokota 2022, arXiv:2203.03341.
+  // float32: a step's products are summed by themselves before the long sum takes them, which is
+  // then rounded once a step, to nearest; tensor cores would round it three times, towards zero.
+  // Ootomo & Yokota 2022, arXiv:2203.03341.
   static __device__ __forceinline__ void add(Accumulator& sum, const FragmentA<T>& rows,
                                              const FragmentB<T>& columns) {
-    if constexpr (std::is_same_v<T, float> && S::kRowsStay) {
+    if constexpr (std::is_same_v<T, float>) {
       Accumulator more = {{0.0f, 0.0f, 0.0f, 0.0f}};
       mma<T>(more, rows, columns, more);
 #pragma unroll

@@ -11,7 +11,15 @@ from tests.backends import BACKENDS, SIMULATED
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS["adam"] or not SIMULATED, reason="needs the simulator")
-@pytest.mark.parametrize("file, which", [("test_adam.py", "cuda or triton"), ("test_attention_cuda.py", "")])
+@pytest.mark.parametrize(
+    "file, which",
+    [
+        ("test_adam.py", "cuda or triton"),
+        ("test_attention_cuda.py", ""),
+        ("test_linear_act.py", "cuda"),
+        ("test_activations.py", "cuda"),
+    ],
+)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_ops(arch, file, which):
     command = [sys.executable, "-m", "pytest", f"tests/{file}", "-q", "-p", "no:cacheprovider", "-k", which]
