@@ -142,6 +142,12 @@ def _gated_linear_act_backward_fake(
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
+def _linear_act_epilogue_fake(product, product_up, bias, bias_up, activation, saves):
+    saved = product.shape if saves else 0
+    up = saved if product_up is not None else 0
+    return product.new_empty(product.shape), product.new_empty(saved), product.new_empty(up)
+
+
 @torch.compiler.assume_constant_result  # compiled code is guarded by torch's own switches
 def _allows_tf32():
     """torch's switch for float32 products on a GPU, as torch.nn.functional.linear goes by it."""
@@ -164,6 +170,7 @@ def _refuse_double_backward(op):
 
 
 if not _native.error:
+    torch.library.register_fake("fastlayers::linear_act_epilogue", _linear_act_epilogue_fake)
     for _op, _setup, _backward, _forward_fake, _backward_fake in (
         ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
         (
