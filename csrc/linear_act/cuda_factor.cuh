@@ -172,7 +172,9 @@ class FactorCopy {
     if constexpr (kDense) {
       return depth - kChunk * own.chunk - i / 2 * 2 * kChunk;
     } else {
-      return own.row + i / kPanels * kRowStep < depth ? columns_ - kChunk * own.chunk - i % kPanels * Tile::kPanel : 0;
+      return own.row + i / kPanels * kRowStep < depth
+                 ? columns_ - kChunk * own.chunk - i % kPanels * Tile::kPanel
+                 : 0;
     }
   }
   static __device__ __forceinline__ uint64_t address(const T* data) {
@@ -184,7 +186,7 @@ class FactorCopy {
   }
 
   uint64_t at_, at1_, row_step_;  // addresses and bytes
-  int columns_;  // of a tile, those that are there
+  int columns_;                   // of a tile, those that are there
   bool aligned_, whole_, holds_ = false;
 #if __CUDA_ARCH__ < 800
   uint4 held_[kHolds ? kCopies : 1];
