@@ -61,14 +61,14 @@ struct Fragment<float, kWords> : FloatRows {};
 template <int kWords>
 struct Fragment<Tf32, kWords> : FloatRows {};
 #else
-// x = big + small, up to 2^-23 |x|. Tensor cores do not read the last 13 bits, so that `small`
-// needs no rounding; it is NaN where x is NaN or infinite.
+// x = big + small, up to 2^-24 |x|; `small` is NaN where x is NaN or infinite.
 template <int kWords>
 struct Fragment<float, kWords> {
   uint32_t big[kWords], small[kWords];
   __device__ __forceinline__ void set(int i, uint32_t word) {
     big[i] = word + 0x1000u & 0xffffe000u;
-    small[i] = __float_as_uint(__uint_as_float(word) - __uint_as_float(big[i]));
+    const float rest = __uint_as_float(word) - __uint_as_float(big[i]);
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(small[i]) : "f"(rest));
   }
 };
 template <int kWords>
