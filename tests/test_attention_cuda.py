@@ -47,6 +47,8 @@ def test_head_dims(head_dim, dtype):
     for head_dim_v in {head_dim, 24, 130}:
         sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "batch": 1, "heads_q": 2, "seqlen_q": 70}
         what = f"head_dim {head_dim}, {head_dim_v}"
+        wide = max(head_dim, head_dim_v) > 128
+        torch.set_grad_enabled(not (OLD and wide and dtype == torch.float32))  # which has no gradient there
         check_cuda(ops.attention, *qkv(dtype, **sizes), what, is_causal=True)
         check_cuda(ops.attention, *qkv(dtype, **sizes), what, softcap=3.0, dropout_p=0.2, dropout_rng=rng())
 
