@@ -222,6 +222,13 @@ def _cache(size, seqlen_q=1, heads_k=HEADS):
     }
 
 
+def _pages(size):
+    """Caches of the same size in pages of eight keys, the last page first."""
+    inputs, pages = _cache(size, heads_k=2), 16 * 25 * size
+    caches = {name: inputs[name].view(pages, 2, 8, HEAD_DIM) for name in ("key_cache", "value_cache")}
+    return {**inputs, **caches, "page_table": torch.arange(pages, dtype=torch.int32).flip(0).view(16, -1)}
+
+
 def _decode_check(option, make_inputs=_cache, **options):
     def attend(backend):
         return lambda **inputs: ops.decode_attention(**inputs, **options, backend=backend)
@@ -234,6 +241,7 @@ DECODE = [
     _decode_check("five new tokens, gqa", lambda size: _cache(size, 5, 2), **_GQA),
     _decode_check("window, softcap, lse", lambda size: _cache(size, 3), window=(50, 0), softcap=3.0, return_lse=True),
     _decode_check("sinks", _with("sinks", _SINKS, _cache)),
+    _decode_check("page_table, gqa", _pages, **_GQA),
 ]
 
 

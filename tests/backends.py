@@ -15,7 +15,7 @@ import torch
 BACKENDS = {
     "attention": ["cpu"],
     "varlen_attention": ["cpu"],
-    "decode_attention": ["cpu"],
+    "decode_attention": ["cpu", "cuda"],
     "linear_act": ["cpu"],
     "gated_linear_act": ["cpu"],
     "adam": ["cpu", "cuda", "triton"],

@@ -17,6 +17,7 @@ on_backends = pytest.mark.parametrize("backend", [*BACKENDS["attention"], "refer
 needs_native = pytest.mark.skipif("cpu" not in BACKENDS["attention"], reason="the compiled kernels are not under test")
 Q = torch.zeros(2, 4, 7, 8)
 CU = torch.tensor([0, 3, 7], dtype=torch.int32)
+PAGES = torch.tensor([[0], [1]], dtype=torch.int32)
 
 
 def tensors(*shape, **options):
@@ -119,6 +120,25 @@ BAD_DECODE = {
     "seqlens int64": ({"cache_seqlens": torch.tensor([1, 2])}, TypeError, "int32"),
     "seqlens overrun": ({"cache_seqlens": torch.tensor([1, 8], dtype=torch.int32)}, ValueError, "cache_seqlens"),
     "seqlens negative": ({"cache_seqlens": torch.tensor([-1, 7], dtype=torch.int32)}, ValueError, "cache_seqlens"),
+    "pages list": ({"page_table": [[0], [1]]}, TypeError, "page_table has to be a torch.Tensor, got list"),
+    "pages int64": ({"page_table": PAGES.long()}, TypeError, "page_table has to be int32, got torch.int64"),
+    "pages device": ({"page_table": PAGES.to("meta")}, ValueError, "page_table is on meta"),
+    "pages dimensions": ({"page_table": PAGES[0]}, ValueError, r"page_table has to be \(2, pages of a sequence\), got"),
+    "pages batch": ({"page_table": PAGES[:1]}, ValueError, r"page_table has to be \(2, pages of .* got \(1, 1\)"),
+    "pages too few": ({"page_table": PAGES[:, :0]}, ValueError, "cache_seqlens"),
+    "page behind the last": ({"page_table": PAGES + 1}, ValueError, "page_table"),
+    "page negative": ({"page_table": PAGES - 1}, ValueError, "page_table"),
+    "page_size": (
+        {"page_table": PAGES, "value_cache": tensors(2, 4, 6, 8)},
+        ValueError,
+        "key_cache has page_size 7, value_cache has 6",
+    ),
+    "page_size 0": (
+        {"page_table": PAGES, "key_cache": Q[:, :, :0], "value_cache": Q[:, :, :0]},
+        ValueError,
+        "page_size 0",
+    ),
+    "pages of key and value": ({"page_table": PAGES, "value_cache": Q[:1]}, ValueError, r"caches \(pages, heads"),
     "gradient": ({"query": Q.clone().requires_grad_()}, ValueError, "has no gradient"),
 }
 
@@ -182,9 +202,18 @@ def test_every_op_can_be_forced_to_the_reference():
 def raw_arguments(**changes):
     """The arguments of attention_forward, in order."""
     arguments = {"query": Q, "key": Q, "value": Q, "attn_mask": None, "alibi_slopes": None, "sinks": None}
-    arguments |= {"dropout_rng": None, "cu_seqlens_q": None, "cu_seqlens_k": None, "cache_seqlens": None}
+    arguments |= {"dropout_rng": None, "cu_seqlens_q": None, "cu_seqlens_k": None}
     arguments |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "dropout_p": 0.0, "is_causal": False, "bottom_right": False}
     arguments |= {"scale": 1.0, "window_left": -1, "window_right": -1, "softcap": 0.0, "deterministic": False}
+    assert set(changes) <= set(arguments)
+    return arguments | changes
+
+
+def raw_decode_arguments(**changes):
+    """The arguments of attention_decode, in order."""
+    arguments = {"query": Q, "key_cache": Q, "value_cache": Q, "cache_seqlens": CU[1:], "page_table": None}
+    arguments |= {"alibi_slopes": None, "sinks": None, "is_causal": True, "scale": 1.0, "window_left": -1}
+    arguments |= {"window_right": -1, "softcap": 0.0}
     assert set(changes) <= set(arguments)
     return arguments | changes
 
@@ -221,10 +250,6 @@ RAW = [
     {"dropout_p": 0.5, "dropout_rng": torch.tensor([1])},
     {"dropout_p": 0.5, "dropout_rng": torch.tensor([1.0, 2.0])},
     {"cu_seqlens_k": CU},
-    {"cache_seqlens": CU},
-    {"cache_seqlens": CU[:2].long()},
-    {"cache_seqlens": torch.tensor([3, 8], dtype=torch.int32)},
-    {"cache_seqlens": torch.tensor([3, -8], dtype=torch.int32)},
     packed_changes(query=Q),
     packed_changes(cu_seqlens_k=None),
     packed_changes(cu_seqlens_k=CU[:2]),
@@ -237,7 +262,23 @@ RAW = [
     packed_changes(max_seqlen_q=3),
     packed_changes(max_seqlen_k=-1, cu_seqlens_q=CU[:1], cu_seqlens_k=CU[:1]),
     packed_changes(attn_mask=tensors(1, 1, 7, 7)),
-    packed_changes(cache_seqlens=CU[:2]),
+]
+
+RAW_DECODE = [
+    {"key_cache": Q[:1], "value_cache": Q[:1]},
+    {"value_cache": Q[:, :, :5]},
+    {"cache_seqlens": CU},
+    {"cache_seqlens": CU[:2].long()},
+    {"cache_seqlens": torch.tensor([3, 8], dtype=torch.int32)},
+    {"cache_seqlens": torch.tensor([3, -8], dtype=torch.int32)},
+    {"page_table": PAGES.long()},
+    {"page_table": PAGES[0]},
+    {"page_table": PAGES[:1]},
+    {"page_table": PAGES[:, :0]},
+    {"page_table": PAGES + 1},
+    {"page_table": PAGES - 1},
+    {"page_table": PAGES, "value_cache": Q[:1]},
+    {"page_table": PAGES, "key_cache": Q[:, :, :0], "value_cache": Q[:, :, :0]},
 ]
 
 
@@ -246,6 +287,14 @@ RAW = [
 def test_raw_forward_refuses(index):
     with pytest.raises((RuntimeError, ValueError), match="attention"):
         torch.ops.fastlayers.attention_forward(**raw_arguments(**RAW[index]))
+
+
+@needs_native
+@pytest.mark.parametrize("index", range(len(RAW_DECODE)))
+def test_raw_decode_refuses(index):
+    torch.ops.fastlayers.attention_decode(**raw_decode_arguments(page_table=PAGES))
+    with pytest.raises((RuntimeError, ValueError), match="attention"):
+        torch.ops.fastlayers.attention_decode(**raw_decode_arguments(**RAW_DECODE[index]))
 
 
 @needs_native
@@ -267,7 +316,6 @@ def test_raw_forward_refuses(index):
 )
 def test_raw_backward_refuses(changes):
     arguments = raw_arguments()
-    del arguments["cache_seqlens"]
     arguments |= {"grad_out": Q, "grad_lse": None, "out": Q, "lse": tensors(2, 4, 7)}
     arguments |= {"mask_gradient": False, "sinks_gradient": False}
     torch.ops.fastlayers.attention_backward(**arguments)
@@ -294,19 +342,30 @@ def registered_calls():
         "plain": leaves,
         "everything": {**leaves, **everything},
         "packed": packed_changes(**rows),
-        "decode": {**leaves, "cache_seqlens": torch.tensor([3, 12], dtype=torch.int32)},
     }
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["plain", "everything", "packed", "decode"])
+@pytest.mark.parametrize("name", ["plain", "everything", "packed"])
 def test_opcheck(name):
     arguments = raw_arguments(**registered_calls()[name])
-    if name != "decode":
-        for differentiable in ("query", "key", "value", "attn_mask", "sinks"):
-            if arguments[differentiable] is not None:
-                arguments[differentiable].requires_grad_()
+    for differentiable in ("query", "key", "value", "attn_mask", "sinks"):
+        if arguments[differentiable] is not None:
+            arguments[differentiable].requires_grad_()
     opcheck(torch.ops.fastlayers.attention_forward, tuple(arguments.values()))
+
+
+@needs_native
+@pytest.mark.parametrize("paged", [False, True])
+def test_opcheck_decode(paged):
+    query, key, value = qkv(torch.float32, heads_k=2, seqlen_q=9, seqlen_k=12, head_dim=8, head_dim_v=5)
+    arguments = {"query": query.transpose(1, 2).contiguous().transpose(1, 2), "key_cache": key, "value_cache": value}
+    arguments |= {"cache_seqlens": torch.tensor([3, 12], dtype=torch.int32), "sinks": randn(4), "window_left": 6}
+    arguments |= {"page_table": PAGES.flip(0)} if paged else {}
+    opcheck(torch.ops.fastlayers.attention_decode, tuple(raw_decode_arguments(**arguments).values()))
+    arguments["query"].requires_grad_()
+    with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
+        torch.ops.fastlayers.attention_decode(**raw_decode_arguments(**arguments))
 
 
 @needs_native
@@ -314,7 +373,6 @@ def test_opcheck(name):
 def test_opcheck_backward(name):
     arguments = raw_arguments(**registered_calls()[name])
     out, lse = torch.ops.fastlayers.attention_forward(**arguments)
-    del arguments["cache_seqlens"]
     wanted = arguments["attn_mask"] is not None
     upstream = (randn(*out.shape), randn(*lse.shape), out, lse)
     opcheck(torch.ops.fastlayers.attention_backward, (*upstream, *arguments.values(), wanted, wanted))
@@ -436,6 +494,7 @@ def test_compile_varlen_and_decode(backend, compiler):
         query = randn(2, 4, 1, 8)
         wanted = ops.decode_attention(query, Q + 1, Q + 2, lengths, backend=backend)
         assert torch.equal(decode(query, Q + 1, Q + 2, lengths, backend=backend), wanted)
+        assert torch.equal(decode(query, Q + 1, Q + 2, lengths, page_table=PAGES, backend=backend), wanted)
 
 
 @needs_native

@@ -1,4 +1,4 @@
-"""varlen_attention and decode_attention: against the reference, and against attention on each sequence by itself."""
+"""varlen_attention: against the reference, and against attention on each sequence by itself."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from tests.attention_cases import DTYPES, check, randn, run
 from tests.backends import BACKENDS
 
 on_varlen = pytest.mark.parametrize("backend", BACKENDS["varlen_attention"])
-on_decode = pytest.mark.parametrize("backend", BACKENDS["decode_attention"])
 on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.02])
 DROPOUT = {"dropout_p": 0.3, "dropout_rng": torch.tensor([2**40 + 1, 9])}
@@ -128,91 +127,6 @@ def test_varlen_deterministic_is_bitwise_reproducible(backend):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(runs[0][name], other[name]) for other in runs for name in other)
-
-
-# Decoding.
-
-
-def cached(dtype, lengths, seqlen_q=1, capacity=300, heads_q=4, heads_k=2, head_dim=32, head_dim_v=32):
-    """The tensors of a call; behind the filled part the cache holds NaN, which must not be read."""
-    tensors = {
-        "query": randn(len(lengths), heads_q, seqlen_q, head_dim, dtype=dtype, seed=1),
-        "key_cache": randn(len(lengths), heads_k, capacity, head_dim, dtype=dtype, seed=2),
-        "value_cache": randn(len(lengths), heads_k, capacity, head_dim_v, dtype=dtype, seed=3),
-        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32),
-    }
-    for b, length in enumerate(lengths):
-        tensors["key_cache"][b, :, length:] = float("nan")
-        tensors["value_cache"][b, :, length:] = float("nan")
-    return tensors
-
-
-def check_decoding(tensors, backend, what, **options):
-    with torch.no_grad():
-        return check(ops.decode_attention, tensors, backend, what, **options)
-
-
-DECODE = {
-    "plain": ({}, {}),
-    "not-causal": ({}, {"is_causal": False}),
-    "window": ({}, {"window": (16, 0)}),
-    "window-open": ({}, {"window": (None, 2), "is_causal": False}),
-    "softcap": ({}, {"softcap": 2.0, "scale": 0.4}),
-    "alibi": ({"alibi_slopes": SLOPES}, {}),
-    "alibi-batch": ({"alibi_slopes": SLOPES * torch.arange(1, 6).view(5, 1)}, {}),
-    "sinks": ({"sinks": randn(4, seed=7)}, {}),
-    "everything": ({"alibi_slopes": SLOPES, "sinks": randn(4, seed=7)}, {"window": (100, None), "softcap": 5.0}),
-}
-
-
-@on_decode
-@on_dtypes
-@pytest.mark.parametrize("seqlen_q", [1, 5])
-@pytest.mark.parametrize("name", DECODE)
-def test_decode_options(name, seqlen_q, dtype, backend):
-    extra, options = DECODE[name]
-    tensors = {**cached(dtype, [300, 1, 0, 129, 3], seqlen_q, head_dim_v=40), **extra}
-    ours = check_decoding(tensors, backend, name, enable_gqa=True, **options)
-    assert (ours["out"][2] == 0).all()
-
-
-@on_decode
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("heads_k", [1, 2, 4])
-def test_decode_long_caches(heads_k, dtype, backend):
-    """One sequence, so that the work has to be split over the keys."""
-    for seqlen_q, length in ((1, 4000), (1, 4096), (3, 2500)):
-        tensors = cached(
-            dtype, [length], seqlen_q, capacity=4096, heads_q=16, heads_k=heads_k, head_dim=64, head_dim_v=64
-        )
-        check_decoding(tensors, backend, f"{seqlen_q} {length}", enable_gqa=True)
-
-
-@on_decode
-def test_decode_layouts(backend):
-    """The (B, Smax, H, D) cache of other libraries, and one layer's slice of a cache of several."""
-    tensors = cached(torch.float32, [50, 7], seqlen_q=2)
-    stacked = torch.stack([tensors["key_cache"], tensors["value_cache"]], 2)
-    layouts = {
-        "sequence-major": [
-            tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("key_cache", "value_cache")
-        ],
-        "stacked": stacked.unbind(2),
-    }
-    for name, (key, value) in layouts.items():
-        check_decoding({**tensors, "key_cache": key, "value_cache": value}, backend, name, enable_gqa=True)
-
-
-@on_decode
-def test_decode_is_the_last_rows_of_attention(backend):
-    tensors = cached(torch.float32, [200, 37], seqlen_q=4)
-    with torch.no_grad():
-        out = ops.decode_attention(**tensors, enable_gqa=True, backend=backend)
-        for b, length in enumerate((200, 37)):
-            key, value = (tensors[name][b : b + 1, :, :length] for name in ("key_cache", "value_cache"))
-            whole = torch.cat([randn(1, 4, length - 4, 32, seed=8), tensors["query"][b : b + 1]], 2)
-            wanted = ops.attention(whole, key, value, is_causal=True, enable_gqa=True, backend=backend)
-            torch.testing.assert_close(out[b], wanted[0, :, -4:])
 
 
 @on_varlen

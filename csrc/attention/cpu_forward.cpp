@@ -84,6 +84,8 @@ class ForwardWorker {
 
  private:
   void load_queries();
+  void pack_keys(const Layout<Dot>& layout, const TensorView4& x, int64_t j0, int64_t keys,
+                 float* rows) const;
   void key_block(int64_t j0, int64_t keys, ScoreRules& rules);
   void tile(int64_t r0, int64_t j0, ScoreRules& rules);
   void exponentiate(int64_t r0, int64_t j0, const Columns& columns, float scale, float* decay);
@@ -167,13 +169,29 @@ void ForwardWorker<T>::run(int64_t task, char* partials) {
   __builtin_memcpy(out.sum, sum_, count_ * 4);
 }
 
+// Keys or values [j0, j0 + keys) to packed rows, page by page where the cache has pages.
+template <class T>
+void ForwardWorker<T>::pack_keys(const Layout<Dot>& layout, const TensorView4& x, int64_t j0,
+                                 int64_t keys, float* rows) const {
+  const int64_t padded = round_up(keys, kPanel);
+  if (p_.page_table == nullptr) {
+    return pack_rows(layout, row_at<const T>(x, b_, head_k_, seq_.k_row + j0), x.stride_s, keys,
+                     padded, rows);
+  }
+  const int32_t* pages = p_.page_table + b_ * p_.page_table_stride;
+  for (int64_t j = j0, end = j0 + keys; j < end;) {
+    const int64_t row = j % p_.page_size, run = least(p_.page_size - row, end - j);
+    pack_rows(layout, row_at<const T>(x, pages[j / p_.page_size], head_k_, row), x.stride_s, run,
+              j + run == end ? j0 + padded - j : run, rows + (j - j0) * layout.row_units());
+    j += run;
+  }
+}
+
 template <class T>
 void ForwardWorker<T>::key_block(int64_t j0, int64_t keys, ScoreRules& rules) {
-  pack_rows(qk_, row_at<const T>(p_.k, b_, head_k_, seq_.k_row + j0), p_.k.stride_s, keys,
-            round_up(keys, kPanel), k_rows_);
+  pack_keys(qk_, p_.k, j0, keys, k_rows_);
   pack_transposed(qk_, k_rows_, round_up(keys, kPanel), k_panels_);
-  pack_rows(v_, row_at<const T>(p_.v, b_, head_k_, seq_.k_row + j0), p_.v.stride_s, keys,
-            round_up(keys, kPanel), v_rows_);
+  pack_keys(v_, p_.v, j0, keys, v_rows_);
   v_operand_ = pack_columns(v_, v_rows_, round_up(keys, kPanel), v_columns_);
   rules.begin_block(rows_[0].head == rows_[count_ - 1].head ? rows_[0].head : -1, j0);
   for (int64_t r0 = 0; r0 < count_; r0 += kTileM) tile(r0, j0, rules);

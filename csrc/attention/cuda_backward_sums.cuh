@@ -201,7 +201,7 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads, 1)
     attention_row_sums_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, true, kOldGpu>;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThread
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, kDim, true, kOldGpu>::kThreads, 1)
     attention_mask_gradient_kernel(const __grid_constant__ AttentionBackward p,
                                    const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, true, kOldGpu>;

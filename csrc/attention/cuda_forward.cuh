@@ -234,7 +234,7 @@ class ForwardWarp {
     }
   }
 
- private:
+ protected:
   static constexpr bool kPacks = sizeof(T) == 2;
   static constexpr int kStepsV = S::kBlockN / kDepth<T>;
 

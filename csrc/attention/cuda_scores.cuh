@@ -20,7 +20,7 @@ struct Sequence {
     first_k = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
     seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - first_q : p.seqlen_q);
     seqlen_k = static_cast<int>(p.cu_seqlens_k    ? p.cu_seqlens_k[b + 1] - first_k
-                                : p.cache_seqlens ? p.cache_seqlens[b]
+                                : p.cache_seqlens ? min(int64_t{p.cache_seqlens[b]}, p.seqlen_k)
                                                   : p.seqlen_k);
     diagonal = p.bottom_right ? seqlen_k - seqlen_q : 0;
     const int right = static_cast<int>(p.window_right), left = static_cast<int>(p.window_left);
@@ -50,7 +50,22 @@ struct VisibleKeys {
   }
 };
 
-// Softcap, ALiBi and masks of one query head: a score in natural units from q . k.
+// Softcap and ALiBi: a score in natural units from q . k, and the softcap's slope there; distance
+// is i + diagonal - j.
+__device__ __forceinline__ float shaped_score(const AttentionForward& p, float dot,
+                                              float alibi_slope, int distance, float& slope) {
+  float x = dot * p.softmax_scale;
+  slope = 1.0f;
+  if (p.softcap > 0.0f) {
+    const float t = tanhf(__fdividef(x, p.softcap));
+    slope = fmaf(-t, t, 1.0f);
+    x = p.softcap * t;
+  }
+  if (p.alibi_slopes) x -= alibi_slope * fabsf(static_cast<float>(distance));
+  return x;
+}
+
+// These and the masks of one query head.
 class ScoreRules {
  public:
   __device__ __forceinline__ ScoreRules(const AttentionForward& p, int b, int h, int diagonal)
@@ -66,14 +81,7 @@ class ScoreRules {
 
   // The same, and the slope of the softcap there.
   __device__ __forceinline__ float with_slope(float dot, int i, int j, float& slope) const {
-    float x = dot * p_.softmax_scale;
-    slope = 1.0f;
-    if (p_.softcap > 0.0f) {
-      const float t = tanhf(__fdividef(x, p_.softcap));
-      slope = fmaf(-t, t, 1.0f);
-      x = p_.softcap * t;
-    }
-    if (p_.alibi_slopes) x -= slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
+    float x = shaped_score(p_, dot, slope_, i + diagonal_ - j, slope);
     if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
     return x;
   }

@@ -18,4 +18,10 @@ __attribute__((weak)) int64_t cuda_attention_backward_scratch(const AttentionBac
 __attribute__((weak)) void cuda_attention_backward(const AttentionBackward& p, void* scratch,
                                                    void* stream);
 
+// Decoding: few queries, cache_seqlens, with or without page_table. `scratch` has as many floats as
+// the first function says, and may be used again when the stream has come past.
+__attribute__((weak)) int64_t cuda_attention_decode_scratch(const AttentionForward& p);
+__attribute__((weak)) void cuda_attention_decode(const AttentionForward& p, float* scratch,
+                                                 void* stream);
+
 }  // namespace fl

@@ -50,6 +50,10 @@ struct AttentionForward {
   const int32_t* cu_seqlens_q = nullptr;   // varlen: (B + 1,), rows of sequence b are [b], [b + 1])
   const int32_t* cu_seqlens_k = nullptr;   // varlen: (B + 1,)
   const int32_t* cache_seqlens = nullptr;  // decoding: (B,), keys in use of each sequence's cache
+  // Paged decoding: k and v are (pages, Hk, page_size, D); key j of sequence b is row j % page_size
+  // of page page_table[b, j / page_size]. Entries behind the last page in use are not read.
+  const int32_t* page_table = nullptr;  // (B, seqlen_k / page_size)
+  int64_t page_table_stride = 0, page_size = 0;
 
   float softmax_scale = 1.0f;
   float softcap = 0.0f;

@@ -1,5 +1,4 @@
-// attention_forward and attention_backward on the CPU: dense, packed (cu_seqlens) and decoding
-// (cache_seqlens).
+// attention_forward, attention_backward and attention_decode on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -43,13 +42,32 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& dropout_rng, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& cache_seqlens, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double dropout_p, bool is_causal, bool bottom_right, double scale,
-    int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
-  return forward({query,        key,          value,        attn_mask,    alibi_slopes,
-                  sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, cache_seqlens,
-                  max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
-                  scale,        window_left,  window_right, softcap,      deterministic});
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double dropout_p, bool is_causal, bool bottom_right, double scale, int64_t window_left,
+    int64_t window_right, double softcap, bool deterministic) {
+  return forward({query, key, value, attn_mask, alibi_slopes, sinks, dropout_rng, cu_seqlens_q,
+                  cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, bottom_right,
+                  scale, window_left, window_right, softcap, deterministic});
+}
+
+std::tuple<Tensor, Tensor> attention_decode_cpu(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+    const Tensor& cache_seqlens, const OptionalTensor& page_table,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool is_causal, double scale,
+    int64_t window_left, int64_t window_right, double softcap) {
+  return forward({.query = query,
+                  .key = key_cache,
+                  .value = value_cache,
+                  .alibi_slopes = alibi_slopes,
+                  .sinks = sinks,
+                  .is_causal = is_causal,
+                  .bottom_right = true,
+                  .scale = scale,
+                  .window_left = window_left,
+                  .window_right = window_right,
+                  .softcap = softcap,
+                  .cache_seqlens = cache_seqlens,
+                  .page_table = page_table});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(AttentionGradients call) {
@@ -76,9 +94,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     int64_t window_right, double softcap, bool deterministic, bool mask_gradient,
     bool sinks_gradient) {
   AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
-                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
-                     max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
-                     scale,        window_left,  window_right, softcap,      deterministic};
+                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                     max_seqlen_k, dropout_p,    is_causal,    bottom_right, scale,
+                     window_left,  window_right, softcap,      deterministic};
   return backward({std::move(in), grad_out, grad_lse, out, lse, mask_gradient, sinks_gradient});
 }
 
@@ -88,4 +106,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastlayers, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fl::attention_forward_cpu));
   m.impl("attention_backward", TORCH_BOX(&fl::attention_backward_cpu));
+  m.impl("attention_decode", TORCH_BOX(&fl::attention_decode_cpu));
 }

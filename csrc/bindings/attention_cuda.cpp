@@ -1,5 +1,4 @@
-// attention_forward and attention_backward on CUDA: dense, packed (cu_seqlens) and decoding
-// (cache_seqlens).
+// attention_forward and attention_backward on CUDA: dense and packed (cu_seqlens).
 #include <limits>
 #include <tuple>
 
@@ -21,7 +20,6 @@ void admit(const CudaDevice& device, const AttentionInputs& in) {
   device.admit(in.dropout_rng, "attention: dropout_rng");
   device.admit(in.cu_seqlens_q, "attention: cu_seqlens_q");
   device.admit(in.cu_seqlens_k, "attention: cu_seqlens_k");
-  device.admit(in.cache_seqlens, "attention: cache_seqlens");
 }
 
 void check_built(bool built) {
@@ -32,14 +30,14 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& dropout_rng, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& cache_seqlens, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double dropout_p, bool is_causal, bool bottom_right, double scale,
-    int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double dropout_p, bool is_causal, bool bottom_right, double scale, int64_t window_left,
+    int64_t window_right, double softcap, bool deterministic) {
   check_built(cuda_attention_forward != nullptr);
   AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
-                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, cache_seqlens,
-                     max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
-                     scale,        window_left,  window_right, softcap,      deterministic};
+                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                     max_seqlen_k, dropout_p,    is_causal,    bottom_right, scale,
+                     window_left,  window_right, softcap,      deterministic};
   in.reads_lengths = false;
   const CudaDevice device(query.get_device_index());
   prepare(in);
@@ -79,9 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     bool sinks_gradient) {
   check_built(cuda_attention_backward != nullptr);
   AttentionInputs in{query,        key,          value,        attn_mask,    alibi_slopes,
-                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, std::nullopt,
-                     max_seqlen_q, max_seqlen_k, dropout_p,    is_causal,    bottom_right,
-                     scale,        window_left,  window_right, softcap,      deterministic};
+                     sinks,        dropout_rng,  cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                     max_seqlen_k, dropout_p,    is_causal,    bottom_right, scale,
+                     window_left,  window_right, softcap,      deterministic};
   in.reads_lengths = false;
   AttentionGradients call{std::move(in),  grad_out, grad_lse, out, lse, mask_gradient,
                           sinks_gradient, {},       {},       {},  {},  {}};

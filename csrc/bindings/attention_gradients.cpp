@@ -38,7 +38,6 @@ Tensor zeros_or_none(const Tensor& like, const OptionalTensor& wanted) {
 void prepare_gradients(AttentionGradients& call) {
   AttentionInputs& in = call.in;
   const Tensor query = in.query, key = in.key, value = in.value;  // before copies are made
-  FL_CHECK(!in.cache_seqlens, "attention: decoding from a cache has no gradient");
   prepare(in);
   check_results(call);
   call.grad_out = dense(call.grad_out);

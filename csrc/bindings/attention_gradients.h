@@ -14,8 +14,8 @@ struct AttentionGradients {
   OptionalTensor grad_lse;
   Tensor out, lse;
   bool mask_gradient, sinks_gradient;
-  Tensor dquery, dkey, dvalue;  // not initialised
-  Tensor dmask, dsinks;         // zero, float32; empty where not wanted
+  Tensor dquery = {}, dkey = {}, dvalue = {};  // not initialised
+  Tensor dmask = {}, dsinks = {};              // zero, float32; empty where not wanted
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
     return {dquery, dkey, dvalue, dmask, dsinks};

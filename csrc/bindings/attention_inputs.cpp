@@ -57,9 +57,10 @@ void check_heads(const AttentionInputs& in) {
   const int64_t rows = in.packed() ? 0 : 2;
   FL_CHECK(in.value.size(rows) == in.key.size(rows), "attention: value has seqlen ",
            in.value.size(rows), ", key has ", in.key.size(rows));
-  FL_CHECK(
-      in.packed() || (in.key.size(0) == in.query.size(0) && in.value.size(0) == in.query.size(0)),
-      "attention: query, key and value need one batch size");
+  FL_CHECK(in.packed() || in.value.size(0) == in.key.size(0), "attention: key and value need one ",
+           in.paged() ? "number of pages" : "batch size");
+  FL_CHECK(in.packed() || in.paged() || in.key.size(0) == in.query.size(0),
+           "attention: query and key need one batch size");
 }
 
 // What only the values can tell; a ValueError in Python.
@@ -88,28 +89,39 @@ void check_cu_seqlens(const AttentionInputs& in, const OptionalTensor& cu_seqlen
 void check_lengths(AttentionInputs& in) {
   prepare(in.query, in.cu_seqlens_q, ScalarType::Int, "cu_seqlens_q");
   prepare(in.query, in.cu_seqlens_k, ScalarType::Int, "cu_seqlens_k");
-  prepare(in.query, in.cache_seqlens, ScalarType::Int, "cache_seqlens");
   FL_CHECK(in.packed() == in.cu_seqlens_k.has_value(),
            "attention: cu_seqlens_q and cu_seqlens_k come together");
   if (in.packed()) {
     FL_CHECK(in.max_seqlen_q >= 0 && in.max_seqlen_k >= 0, "attention: a negative max_seqlen");
-    FL_CHECK(!in.cache_seqlens && !in.attn_mask,
-             "attention: packed sequences take neither cache_seqlens nor attn_mask");
+    FL_CHECK(!in.attn_mask, "attention: packed sequences take no attn_mask");
     check_cu_seqlens(in, in.cu_seqlens_q, in.query.size(0), in.max_seqlen_q, "cu_seqlens_q");
     check_cu_seqlens(in, in.cu_seqlens_k, in.key.size(0), in.max_seqlen_k, "cu_seqlens_k");
     FL_CHECK(in.cu_seqlens_q->size(0) == in.cu_seqlens_k->size(0),
              "attention: cu_seqlens_q and cu_seqlens_k need one size");
   }
-  if (in.cache_seqlens) {
-    FL_CHECK(has_sizes(*in.cache_seqlens, {in.query.size(0)}),
-             "attention: cache_seqlens has to be (B,)");
-    if (!in.reads_lengths) return;
-    const int32_t* value = data<int32_t>(*in.cache_seqlens);
-    for (int64_t b = 0; b < in.query.size(0); ++b) {
-      if (value[b] < 0) fail_value("cache_seqlens", " is negative", value[b], 0);
-      if (value[b] > in.key.size(2)) {
-        fail_value("cache_seqlens", " exceeds the cache", value[b], in.key.size(2));
-      }
+}
+
+void check_cache(AttentionInputs& in) {
+  const int64_t batch = in.query.size(0), pages = in.key.size(0), page_size = in.key.size(2);
+  prepare(in.query, in.cache_seqlens, ScalarType::Int, "cache_seqlens");
+  prepare(in.query, in.page_table, ScalarType::Int, "page_table");
+  FL_CHECK(has_sizes(*in.cache_seqlens, {batch}), "attention: cache_seqlens has to be (B,)");
+  if (in.paged()) {
+    FL_CHECK(in.page_table->dim() == 2 && in.page_table->size(0) == batch,
+             "attention: page_table has to be (B, pages of a sequence)");
+    FL_CHECK(page_size >= 1, "attention: pages need a row at least");
+  }
+  if (!in.reads_lengths) return;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t seqlen = data<int32_t>(*in.cache_seqlens)[b];
+    if (seqlen < 0) fail_value("cache_seqlens", " is negative", seqlen, 0);
+    if (seqlen > in.capacity()) {
+      fail_value("cache_seqlens", " exceeds the cache", seqlen, in.capacity());
+    }
+    for (int64_t i = 0; in.paged() && i * page_size < seqlen; ++i) {
+      const int64_t page = data<int32_t>(*in.page_table)[b * in.page_table->size(1) + i];
+      if (page < 0) fail_value("page_table", " has a negative page in use", page, 0);
+      if (page >= pages) fail_value("page_table", " exceeds the pages", page, pages - 1);
     }
   }
 }
@@ -127,6 +139,7 @@ void prepare(AttentionInputs& in) {
   in.key = dense(in.key);
   in.value = dense(in.value);
   check_lengths(in);
+  if (in.cache_seqlens) check_cache(in);
   prepare(in.query, in.alibi_slopes, ScalarType::Float, "alibi_slopes");
   prepare(in.query, in.sinks, ScalarType::Float, "sinks");
   prepare(in.query, in.dropout_rng, ScalarType::Long, "dropout_rng");
@@ -206,7 +219,7 @@ AttentionForward parameters(const AttentionInputs& in, const Tensor& out, const 
   p.heads_q = in.query.size(1);
   p.heads_k = in.key.size(1);
   p.seqlen_q = packed ? in.max_seqlen_q : in.query.size(2);
-  p.seqlen_k = packed ? in.max_seqlen_k : in.key.size(2);
+  p.seqlen_k = packed ? in.max_seqlen_k : in.capacity();
   p.head_dim = in.query.size(in.query.dim() - 1);
   p.head_dim_v = in.value.size(in.value.dim() - 1);
   p.lse_stride_h = packed ? in.query.size(0) : p.seqlen_q;
@@ -214,6 +227,11 @@ AttentionForward parameters(const AttentionInputs& in, const Tensor& out, const 
   p.cu_seqlens_q = data<int32_t>(in.cu_seqlens_q);
   p.cu_seqlens_k = data<int32_t>(in.cu_seqlens_k);
   p.cache_seqlens = data<int32_t>(in.cache_seqlens);
+  p.page_table = data<int32_t>(in.page_table);
+  if (in.paged()) {
+    p.page_table_stride = in.page_table->size(1);
+    p.page_size = in.key.size(2);
+  }
   p.softmax_scale = static_cast<float>(in.scale);
   p.softcap = static_cast<float>(in.softcap);
   p.is_causal = in.is_causal;

@@ -14,18 +14,24 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct AttentionInputs {
   Tensor query, key, value;  // (B, H, S, D); with cu_seqlens (T, H, D)
-  OptionalTensor attn_mask, alibi_slopes, sinks, dropout_rng;
-  OptionalTensor cu_seqlens_q, cu_seqlens_k, cache_seqlens;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double dropout_p;
-  bool is_causal, bottom_right;
-  double scale;
-  int64_t window_left, window_right;
-  double softcap;
-  bool deterministic;
-  bool reads_lengths = true;  // the values of cu_seqlens and cache_seqlens: where that is free
+  OptionalTensor attn_mask = {}, alibi_slopes = {}, sinks = {}, dropout_rng = {};
+  OptionalTensor cu_seqlens_q = {}, cu_seqlens_k = {};
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+  double dropout_p = 0;
+  bool is_causal = false, bottom_right = false;
+  double scale = 1;
+  int64_t window_left = -1, window_right = -1;
+  double softcap = 0;
+  bool deterministic = false;
+  // Decoding: keys in use of each sequence, (B,); with page_table, (B, pages of a sequence), key
+  // and value are (pages, Hk, page_size, D).
+  OptionalTensor cache_seqlens = {}, page_table = {};
+  bool reads_lengths = true;  // the values of lengths and of page_table: where that is free
 
   bool packed() const { return cu_seqlens_q.has_value(); }
+  bool paged() const { return page_table.has_value(); }
+  // Keys that a sequence of (B, Hk, S, D) or paged keys has room for.
+  int64_t capacity() const { return paged() ? page_table->size(1) * key.size(2) : key.size(2); }
 };
 
 template <class T>
@@ -39,7 +45,7 @@ T* data(const OptionalTensor& tensor) {
 }
 
 // Throws for what no kernel could read safely, and copies what is not laid out as kernels read it.
-// On a CPU the values of the sequence lengths are checked, too.
+// On a CPU the values of the sequence lengths and of the page table are checked, too.
 void prepare(AttentionInputs& in);
 
 bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes);

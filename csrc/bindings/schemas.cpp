@@ -19,13 +19,19 @@ FL_TORCH_LIBRARY(m) {
   m.def("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor");
 
   // (B, H, S, D), or with cu_seqlens (T, H, D). Windows of -1 are unlimited; max_seqlen is read
-  // with cu_seqlens only; cache_seqlens makes it decoding. lse is float32, (B, Hq, Sq) or (Hq, Tq).
+  // with cu_seqlens only. lse is float32, (B, Hq, Sq) or (Hq, Tq).
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_rng, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, Tensor? cache_seqlens, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-      "float dropout_p, bool is_causal, bool bottom_right, float scale, SymInt window_left, "
-      "SymInt window_right, float softcap, bool deterministic) -> (Tensor out, Tensor lse)");
+      "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, "
+      "bool is_causal, bool bottom_right, float scale, SymInt window_left, SymInt window_right, "
+      "float softcap, bool deterministic) -> (Tensor out, Tensor lse)");
+  // query (B, Hq, Sq, D), the newest tokens, over the cache_seqlens[b] first keys of (B, Hk, S, D),
+  // or, with page_table (B, pages of a sequence), of (pages, Hk, page_size, D).
+  m.def(
+      "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, "
+      "Tensor? page_table, Tensor? alibi_slopes, Tensor? sinks, bool is_causal, float scale, "
+      "SymInt window_left, SymInt window_right, float softcap) -> (Tensor out, Tensor lse)");
   // dmask (float32, of attn_mask's shape) and dsinks are empty where their gradient is not wanted.
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "

@@ -22,6 +22,22 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int by
 #endif
 }
 
+// `count` numbers and zeros, 16 bytes together: by an asynchronous copy, or one by one.
+template <class T>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int count, bool aligned) {
+  constexpr int kChunk = 16 / sizeof(T);
+#if __CUDA_ARCH__ < 800
+  aligned = aligned && (count == kChunk || count == 0);
+#endif
+  if (aligned) return copy_async(to, from, static_cast<int>(sizeof(T)) * count);
+  alignas(16) T values[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) values[i] = i < count ? from[i] : T(0.0f);
+  const uint4 bits = *reinterpret_cast<const uint4*>(values);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w));
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;");

@@ -128,11 +128,11 @@ struct SharedTile {
       uint32_t words[4];
       load_across<kOrder>(words, lane_address, pair, row);
       // 16 bits: the lanes give rows first, then chunks; 32 bits: as for a.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kSize == 2) b[i / 2].set(i % 2, words[i]);
-        if constexpr (kSize == 4) b[i % 2].set(i / 2, words[i]);
-      }
+      constexpr bool k16 = kSize == 2;
+      b[0].set(0, words[0]);
+      b[!k16].set(k16, words[1]);
+      b[k16].set(!k16, words[2]);
+      b[1].set(1, words[3]);
     }
   }
 
@@ -257,26 +257,11 @@ class TileCopy {
       for (int panel = 0; panel < kPanels; ++panel) {
         const int left = columns_ - panel * Tile::kPanel - kChunk * chunk_;
         copy_chunk(to_ + panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes,
-                   from + panel * Tile::kPanel, inside ? min(max(left, 0), kChunk) : 0);
+                   from + panel * Tile::kPanel, inside ? min(max(left, 0), kChunk) : 0, aligned_);
       }
     }
     at_ += kDirection * Tile::kRows * stride_;
     row_ += kDirection * Tile::kRows;
-  }
-
-  // `count` numbers of a chunk: by an asynchronous copy, or one by one.
-  __device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, int count) const {
-    bool whole = aligned_;
-#if __CUDA_ARCH__ < 800
-    whole = whole && (count == kChunk || count == 0);
-#endif
-    if (whole) return copy_async(to, from, static_cast<int>(sizeof(T)) * count);
-    alignas(16) T values[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) values[i] = i < count ? from[i] : T(0.0f);
-    const uint4 bits = *reinterpret_cast<const uint4*>(values);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
-                 "r"(bits.z), "r"(bits.w));
   }
 
   const T* at_;

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: dense, over packed sequences, and against a KV cache."""
+"""Scaled dot-product attention: dense, and over packed sequences."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ def attention(
     rng = _dropout_rng("attention", query, dropout_p, dropout_rng)
     bottom_right = _is_bottom_right("attention", causal_alignment)
     out, lse = _call(
-        *("attention", backend, query, key, value, mask, *tensors, rng, None, None, None, 0, 0),
+        *("attention", backend, query, key, value, mask, *tensors, rng, None, None, 0, 0),
         *(dropout_p, is_causal, bottom_right, *options, _deterministic(deterministic)),
     )
     if len(shape) != 4:
@@ -133,54 +133,8 @@ def varlen_attention(
     rng = _dropout_rng(op, query, dropout_p, dropout_rng)
     bottom_right = _is_bottom_right(op, causal_alignment)
     out, lse = _call(
-        *(op, backend, query, key, value, None, *tensors, rng, cu_seqlens_q, cu_seqlens_k, None),
+        *(op, backend, query, key, value, None, *tensors, rng, cu_seqlens_q, cu_seqlens_k),
         *(max_seqlen_q, max_seqlen_k, dropout_p, is_causal, bottom_right, *options, _deterministic(deterministic)),
-    )
-    return (out, lse) if return_lse else out
-
-
-def decode_attention(
-    query,
-    key_cache,
-    value_cache,
-    cache_seqlens,
-    is_causal=True,
-    scale=None,
-    enable_gqa=False,
-    *,
-    window=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    return_lse=False,
-    backend=None,
-):
-    """Attention of the newest tokens over the filled part of a KV cache; no gradient, the cache is not changed.
-
-    query:  (B, Hq, Sq, D), the last Sq tokens of each sequence
-    key_cache: (B, Hk, Smax, D), value_cache: (B, Hk, Smax, Dv), the newest tokens already in place
-    cache_seqlens: (B,) int32, how many keys of each sequence are filled; what lies behind them is not read
-    is_causal: the newest tokens do not see those after them; always aligned "bottom_right", as is `window`
-    returns (B, Hq, Sq, Dv); with return_lse also (B, Hq, Sq), float32. The other arguments as in attention
-    """
-    op = "decode_attention"
-    query, key, value = _check_inputs(op, query, key_cache=key_cache, value_cache=value_cache)
-    if not query.dim() == key.dim() == value.dim() == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(
-            f"{op}: query, key_cache and value_cache have to be (B, heads, seqlen, head_dim), got {shapes}"
-        )
-    _check_heads(op, query, key, value, enable_gqa)
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(f"{op}: key_cache has seqlen {key.shape[2]}, value_cache has {value.shape[2]}")
-    _check_lengths(op, "cache_seqlens", cache_seqlens, query, query.shape[0])
-    options = _check_options(op, query, is_causal, scale, window, softcap)
-    tensors = _check_tensors(op, query, query.shape[0], alibi_slopes, sinks)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *tensors)):
-        raise ValueError(f"{op} has no gradient: call it under torch.no_grad(), or use attention")
-    out, lse = _call(
-        *(op, backend, query, key, value, None, *tensors, None, None, None, cache_seqlens, 0, 0),
-        *(0.0, is_causal, True, *options, False),
     )
     return (out, lse) if return_lse else out
 
@@ -369,19 +323,15 @@ def _call(op, backend, query, key, value, *arguments):
     """Every backend takes the arguments of reference.attention, in its order, and returns (out, lse)."""
     chosen = backends.choose(op, _facts_of(query, key, value, *arguments[:3]), backend)
     if chosen == "reference":
-        _check_length_values(op, query, key, *arguments[4:9])
+        _check_length_values(op, query, key, *arguments[4:8])
         return reference.attention(query, key, value, *arguments)
     return backends.operators(chosen).attention_forward(query, key, value, *arguments)
 
 
-def _check_length_values(op, query, key, cu_seqlens_q, cu_seqlens_k, cache_seqlens, max_seqlen_q, max_seqlen_k):
+def _check_length_values(op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """What the compiled kernels check themselves. Not while compiling and not on a GPU, where reading would wait."""
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if cache_seqlens is not None:
-        for seqlen in cache_seqlens.tolist():
-            if not 0 <= seqlen <= key.shape[2]:
-                raise ValueError(f"{op}: cache_seqlens has to be between 0 and {key.shape[2]}, got {seqlen}")
     if cu_seqlens_q is not None:
         _check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q.tolist(), query.shape[0], max_seqlen_q)
         _check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k.tolist(), key.shape[0], max_seqlen_k)
@@ -422,11 +372,6 @@ def _attention_facts(query, key, value, *args, **kwargs):
     return _facts_of(*_check_inputs("attention", query, key=key, value=value), *_tensors(*args, *kwargs.values()))
 
 
-def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
-    inputs = _check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache)
-    return _facts_of(*inputs, *_tensors(*args, *kwargs.values()))
-
-
 def _cpu_reason(facts):
     if facts["dtype"] not in _KERNEL_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
@@ -460,12 +405,8 @@ def _cuda_reason(facts):
     return None
 
 
-for _op, _op_facts in (
-    ("attention", _attention_facts),
-    ("varlen_attention", _attention_facts),
-    ("decode_attention", _decode_facts),
-):
-    backends.register(_op, facts=_op_facts, cpu=_cpu_reason, cuda=_cuda_reason)
+for _op in ("attention", "varlen_attention"):
+    backends.register(_op, facts=_attention_facts, cpu=_cpu_reason, cuda=_cuda_reason)
 
 
 # The compiled kernels: shapes without values, and gradients.
@@ -492,11 +433,8 @@ def _backward_fake(grad_out, grad_lse, out, lse, query, key, value, attn_mask, a
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, cache_seqlens = inputs[:10]
-    if cache_seqlens is not None:
-        raise RuntimeError("decode_attention has no gradient")
-    ctx.save_for_backward(*output, *tensors)
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.options = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
@@ -510,7 +448,7 @@ def _backward(operators, ctx, grad_out, grad_lse):
         *(*ctx.options, mask_gradient, sinks_gradient),
     )
     dmask = dmask.to(attn_mask.dtype) if mask_gradient else None
-    return dquery, dkey, dvalue, dmask, None, dsinks if sinks_gradient else None, *(None,) * 14
+    return dquery, dkey, dvalue, dmask, None, dsinks if sinks_gradient else None, *(None,) * 13
 
 
 def _double_backward(operators, ctx, *grads):

@@ -17,7 +17,6 @@ def attention(
     dropout_rng=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
-    cache_seqlens=None,
     max_seqlen_q=0,
     max_seqlen_k=0,
     dropout_p=0.0,
@@ -40,7 +39,7 @@ def attention(
     options += (window_left, window_right, softcap)
     with _without_autocast(query.device.type):
         if cu_seqlens_q is None:
-            return _attend(query, key, value, None, cache_seqlens, *options)
+            return _attend(query, key, value, None, None, *options)
         padded_query = _pad(query, cu_seqlens_q, max_seqlen_q)
         padded_key, padded_value = (_pad(tensor, cu_seqlens_k, max_seqlen_k) for tensor in (key, value))
         lengths_q, lengths_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
@@ -48,6 +47,42 @@ def attention(
         total = query.shape[0]
         out = _unpad(out, cu_seqlens_q, total, 0.0)
         return out, _unpad(lse.unsqueeze(-1), cu_seqlens_q, total, float("-inf")).squeeze(-1).t()
+
+
+def attention_decode(
+    query,
+    key_cache,
+    value_cache,
+    cache_seqlens,
+    page_table=None,
+    alibi_slopes=None,
+    sinks=None,
+    is_causal=True,
+    scale=1.0,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+):
+    """(out, lse) of the newest tokens over the filled part of a cache, aligned bottom right.
+
+    query: (B, Hq, Sq, D); key_cache, value_cache: (B, Hk, Smax, D or Dv); cache_seqlens: (B,), keys in use
+    page_table: (B, pages of a sequence): the caches are (pages, Hk, page_size, D or Dv), and key j of sequence b is
+            row j % page_size of page page_table[b, j // page_size]
+    """
+    if page_table is not None:
+        used = torch.arange(page_table.shape[1], device=query.device) * key_cache.shape[2] < cache_seqlens.unsqueeze(1)
+        page_table = page_table.masked_fill(~used, 0)  # behind the end it may hold anything
+        key_cache, value_cache = (_gather_pages(cache, page_table) for cache in (key_cache, value_cache))
+    with _without_autocast(query.device.type):
+        options = (None, alibi_slopes, sinks, None, 0.0, is_causal, True, scale, window_left, window_right, softcap)
+        return _attend(query, key_cache, value_cache, None, cache_seqlens, *options)
+
+
+def _gather_pages(cache, page_table):
+    """(pages, H, page_size, D) to (B, H, pages of a sequence * page_size, D)."""
+    if cache.shape[0] == 0:  # there is no page 0 for sequences without keys
+        cache = cache.new_zeros(1, *cache.shape[1:])
+    return cache[page_table].transpose(1, 2).flatten(2, 3)
 
 
 def _without_autocast(device_type):

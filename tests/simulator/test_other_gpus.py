@@ -9,9 +9,15 @@ import pytest
 
 from tests.backends import BACKENDS, SIMULATED
 
+FILES = {  # and which of their tests
+    "test_adam.py": "cuda or triton",
+    "test_attention_cuda.py": "",
+    "test_attention_decode.py": "cuda and (pages or several_tokens or long_caches)",
+}
+
 
 @pytest.mark.skipif("cuda" not in BACKENDS["adam"] or not SIMULATED, reason="needs the simulator")
-@pytest.mark.parametrize("file, which", [("test_adam.py", "cuda or triton"), ("test_attention_cuda.py", "")])
+@pytest.mark.parametrize("file, which", FILES.items(), ids=FILES)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
 def test_ops(arch, file, which):
     command = [sys.executable, "-m", "pytest", f"tests/{file}", "-q", "-p", "no:cacheprovider", "-k", which]
