@@ -46,7 +46,7 @@ DecodePlan plan_of(const AttentionForward& p) {
   return plan;
 }
 
-// Many tokens fill the tiles of the forward kernels, which take numbers of 16 bits.
+// Many tokens fill the tiles of the forward kernels, which have none without masks for float32.
 bool is_prefill(const AttentionForward& p) {
   return !p.page_table && p.seqlen_q > 64 && p.dtype != DType::kFloat32;
 }

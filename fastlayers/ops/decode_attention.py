@@ -12,11 +12,10 @@ from fastlayers.ops.attention import (
     _check_options,
     _check_tensors,
     _cpu_reason,
+    _cuda_reason,
     _facts_of,
-    _head_dim_reason,
     _tensors,
 )
-from fastlayers.ops.attention import _cuda_reason as _cuda_attention_reason
 
 
 def decode_attention(
@@ -113,12 +112,6 @@ def _check_values(op, key, cache_seqlens, page_table):
 def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
     inputs = _check_inputs("decode_attention", query, key_cache=key_cache, value_cache=value_cache)
     return _facts_of(*inputs, *_tensors(*args, *kwargs.values()))
-
-
-def _cuda_reason(facts):
-    if facts["dtype"] == torch.float32:  # which the other attention kernels do not take
-        return _head_dim_reason(facts) or backends.cuda_reason(facts)
-    return _cuda_attention_reason(facts)
 
 
 backends.register("decode_attention", facts=_decode_facts, cpu=_cpu_reason, cuda=_cuda_reason)
