@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlayers import ops, reference
-from tests.backends import BACKENDS
+from tests.backends import BACKENDS, SIMULATED
 from tests.numerics import assert_accurate
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -12,18 +12,20 @@ BACKEND = pytest.mark.parametrize("backend", BACKENDS["linear_act"])
 ONE = torch.ones(1, 1)
 
 
-def grids():
+def grids(backend):
     """Values of one magnitude each, so that the rule's scale is theirs: dense, tiny, and far out."""
+    points = 20001 if backend == "cpu" or not SIMULATED else 1001
     for limit in (1e-30, 1e-3, 0.1, 1.0, 4.0, 10.0, 30.0):
-        yield torch.linspace(-limit, limit, 20001).view(-1, 1)
-    yield torch.cat([-torch.logspace(-38, 10, 5001), torch.logspace(-38, 10, 5001)]).view(-1, 1)
+        yield torch.linspace(-limit, limit, points).view(-1, 1)
+    far = torch.logspace(-38, 10, points // 4 + 1)
+    yield torch.cat([-far, far]).view(-1, 1)
 
 
 @BACKEND
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_value_and_slope(backend, activation):
     plain = reference.ACTIVATIONS[activation]
-    for grid in grids():
+    for grid in grids(backend):
         x = grid.clone().requires_grad_()
         ours = ops.linear_act(x, ONE, activation=activation, backend=backend)
         (slope,) = torch.autograd.grad(ours.sum(), x)

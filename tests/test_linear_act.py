@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlayers import _native, ops, reference
-from tests.backends import BACKENDS
+from tests.backends import ARCH, BACKENDS, SIMULATED
 from tests.numerics import assert_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,6 +18,7 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 KINKED = ("relu", "leaky_relu")  # a slope that jumps: rounding z across 0 would decide the gradient
 OPS = {"linear_act": 1, "gated_linear_act": 2}  # weights of each
 
+OLD = SIMULATED and ARCH == "sm_75"  # a GPU whose tensor cores have no bfloat16
 cases = pytest.mark.parametrize("op,backend", [(op, backend) for op in OPS for backend in BACKENDS[op]])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 saves = pytest.mark.parametrize("save", ["preactivation", "input"])
@@ -58,8 +59,11 @@ def check(op, tensors, grad, activation, needed=None, what="", **options):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed(request):
     torch.manual_seed(0)
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if OLD and parameters.get("backend") == "cuda" and parameters.get("dtype") == torch.bfloat16:
+        pytest.skip("this GPU has no tensor cores for bfloat16, and the kernels do not claim it")
 
 
 @cases
@@ -78,6 +82,8 @@ SHAPES = [((1823,), 37, 781), ((2, 3, 50), 200, 100), ((257,), 400, 3), ((16,), 
 @dtypes
 @pytest.mark.parametrize("lead,in_features,out_features", SHAPES, ids=str)
 def test_odd_shapes(op, backend, dtype, lead, in_features, out_features):
+    if backend != "cpu" and SIMULATED:  # which takes its time
+        lead, out_features = [min(size, 323) for size in lead], min(out_features, 181)
     tensors, grad = make(op, lead, in_features, out_features, dtype)
     check(op, tensors, grad, "gelu", backend=backend)
 
@@ -217,7 +223,8 @@ def test_any_call(op, backend, data):
     size = st.integers(0, 70)
     lead = data.draw(st.lists(st.integers(0, 9), max_size=3))
     k, n = data.draw(size), data.draw(size)
-    dtype, activation = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(ACTIVATIONS))
+    dtypes_here = DTYPES[:2] if OLD and backend == "cuda" else DTYPES
+    dtype, activation = data.draw(st.sampled_from(dtypes_here)), data.draw(st.sampled_from(ACTIVATIONS))
     tensors, grad = make(op, lead, k, n, dtype, exact=True)
     for i, tensor in enumerate(tensors):
         if tensor.dim() == 2 and data.draw(st.booleans()):
@@ -236,7 +243,7 @@ def test_lower_instruction_sets():
     """The kernels compiled for lesser CPUs than this one give right results, too."""
     isa = BELOW[_native.cpu_isa]
     while isa != "none":
-        chosen = "test_any_call or test_special_values or (test_odd_shapes and 200-100)"
+        chosen = "cpu and (test_any_call or test_special_values or (test_odd_shapes and 200-100))"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
         result = subprocess.run(command, env={**os.environ, "FASTLAYERS_CPU_ISA": isa}, capture_output=True, text=True)
         assert result.returncode == 0, f"{isa}:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"

@@ -23,20 +23,21 @@ def make(op, lead=(4, 5), in_features=6, out_features=7, dtype=torch.float32):
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("saves", [True, False])
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, saves, dtype):
+def test_opcheck(op, backend, saves, dtype):
     tensors = make(op, dtype=dtype)
-    forward = getattr(torch.ops.fastlayers, f"{op}_forward")
-    backward = getattr(torch.ops.fastlayers, f"{op}_backward")
-    torch.library.opcheck(forward, (*tensors, "gelu", saves))
-    torch.library.opcheck(forward, (*tensors[: 1 + OPS[op]], *[None] * OPS[op], "relu", saves))
+    operators = backends.operators(backend)
+    forward, backward = getattr(operators, f"{op}_forward"), getattr(operators, f"{op}_backward")
+    torch.library.opcheck(forward, (*tensors, "gelu", saves, False))
+    torch.library.opcheck(forward, (*tensors[: 1 + OPS[op]], *[None] * OPS[op], "relu", saves, True))
     plain = [t.detach() for t in tensors]
-    out, *saved = forward(*plain, "gelu", saves)
+    out, *saved = forward(*plain, "gelu", saves, False)
     saved = saved if saves else [None] * OPS[op]
-    torch.library.opcheck(backward, (torch.randn_like(out), *plain, *saved, "gelu", *[True] * len(plain)))
-    torch.library.opcheck(backward, (torch.randn_like(out), *plain, *saved, "gelu", *[False] * len(plain)))
+    for needed in (True, False):
+        flags = (*[needed] * len(plain), False)
+        torch.library.opcheck(backward, (torch.randn_like(out), *plain, *saved, "gelu", *flags))
 
 
 @cases
@@ -65,14 +66,15 @@ def test_double_backward_is_refused(op, backend):
 @cases
 def test_autocast_as_linear(op, backend):
     tensors = make(op)
-    with torch.autocast("cpu", torch.bfloat16):
+    lower = torch.float16 if backend == "cuda" else torch.bfloat16  # which every such GPU has
+    with torch.autocast("cpu", lower):
         out = getattr(ops, op)(*tensors, backend=backend)
-        assert out.dtype == F.linear(*tensors[:2]).dtype == torch.bfloat16
-    half = [t.detach().bfloat16() for t in tensors]
+        assert out.dtype == F.linear(*tensors[:2]).dtype == lower
+    half = [t.detach().to(lower) for t in tensors]
     assert torch.equal(out, getattr(ops, op)(*half, backend=backend))
     gradients = torch.autograd.grad(out.sum(), tensors)
     assert all(g.dtype == torch.float32 for g in gradients)
-    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+    with torch.autocast("cpu", lower, enabled=False):
         assert getattr(ops, op)(*tensors, backend=backend).dtype == torch.float32
 
 
@@ -186,16 +188,16 @@ def test_gated_weights_have_to_agree():
 def test_native_ops_refuse_what_would_read_beyond():
     """torch.ops can be called directly: every mismatch that could touch foreign memory is an error."""
     forward, backward = torch.ops.fastlayers.linear_act_forward, torch.ops.fastlayers.linear_act_backward
-    grad, flags = torch.randn(3, 5), (True, True, True)
+    grad, flags = torch.randn(3, 5), (True, True, True, False)
     for call in (
-        lambda: forward(X, W[:, :3], None, "gelu", False),
-        lambda: forward(X, W[0], None, "gelu", False),
-        lambda: forward(X, W, B[:4], "gelu", False),
-        lambda: forward(X, W.half(), None, "gelu", False),
-        lambda: forward(X, W, B.double(), "gelu", False),
-        lambda: forward(X.long(), W.long(), None, "gelu", False),
-        lambda: forward(X, W, None, "swoosh", False),
-        lambda: forward(torch.tensor(1.0), W, None, "gelu", False),
+        lambda: forward(X, W[:, :3], None, "gelu", False, False),
+        lambda: forward(X, W[0], None, "gelu", False, False),
+        lambda: forward(X, W, B[:4], "gelu", False, False),
+        lambda: forward(X, W.half(), None, "gelu", False, False),
+        lambda: forward(X, W, B.double(), "gelu", False, False),
+        lambda: forward(X.long(), W.long(), None, "gelu", False, False),
+        lambda: forward(X, W, None, "swoosh", False, False),
+        lambda: forward(torch.tensor(1.0), W, None, "gelu", False, False),
         lambda: backward(grad, X[:2], W, None, grad, "gelu", *flags),
         lambda: backward(grad, X, W[:4], None, grad, "gelu", *flags),
         lambda: backward(grad, X, W, None, grad[:2], "gelu", *flags),

@@ -44,20 +44,28 @@ FL_TORCH_LIBRARY(m) {
 
   // Second result: the pre-activation, empty unless saved. In the backward, what a needs_... flag
   // does not ask for comes back empty; preactivation None: computed again from input and weight.
+  // allow_tf32: whether tensor cores may round float32 factors to TF32.
   m.def(
       "linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation,"
-      " bool save_preactivation) -> (Tensor, Tensor)");
+      " bool save_preactivation, bool allow_tf32) -> (Tensor, Tensor)");
   m.def(
       "linear_act_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? bias,"
       " Tensor? preactivation, str activation, bool needs_input, bool needs_weight,"
-      " bool needs_bias) -> (Tensor, Tensor, Tensor)");
+      " bool needs_bias, bool allow_tf32) -> (Tensor, Tensor, Tensor)");
   m.def(
       "gated_linear_act_forward(Tensor input, Tensor weight_gate, Tensor weight_up,"
-      " Tensor? bias_gate, Tensor? bias_up, str activation, bool save_preactivation)"
+      " Tensor? bias_gate, Tensor? bias_up, str activation, bool save_preactivation,"
+      " bool allow_tf32)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "gated_linear_act_backward(Tensor grad, Tensor? input, Tensor? weight_gate,"
       " Tensor? weight_up, Tensor? bias_gate, Tensor? bias_up, Tensor? gate, Tensor? up,"
       " str activation, bool needs_input, bool needs_weight_gate, bool needs_weight_up,"
-      " bool needs_bias_gate, bool needs_bias_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
+  // On CUDA: activation(product + bias), or activation(product + bias) * (product_up + bias_up),
+  // and the pre-activations, empty where not saved. Not differentiable by itself.
+  m.def(
+      "linear_act_epilogue(Tensor product, Tensor? product_up, Tensor? bias, Tensor? bias_up,"
+      " str activation, bool save_preactivation) -> (Tensor, Tensor, Tensor)");
 }

@@ -1,4 +1,5 @@
-// The activations, each with its derivative, on any vector type V that has the functions of simd.h.
+// The activations, each with its derivative, on any type V that has the functions of simd.h: a
+// vector on the CPU, Scalar (scalar.cuh) on a GPU.
 // To add one: a struct here, a line in FL_ACTIVATIONS, a line in
 // fastlayers/reference/activations.py.
 //
@@ -11,14 +12,13 @@
 #include "common/check.h"
 
 #if defined(__CUDACC__)
-#define FL_FORMULA   \
-  template <class V> \
-  __host__ __device__ __forceinline__ static V
+#define FL_EVERYWHERE __host__ __device__ __forceinline__
 #else
+#define FL_EVERYWHERE __attribute__((always_inline)) inline
+#endif
 #define FL_FORMULA   \
   template <class V> \
-  __attribute__((always_inline)) inline static V
-#endif
+  FL_EVERYWHERE static V
 
 namespace fl {
 
@@ -133,7 +133,7 @@ inline Activation activation_from_name(std::string_view wanted) {
 
 // f(Gelu{}) and so on: the activation as a type.
 template <class F>
-__attribute__((always_inline)) inline void with_activation(Activation activation, F&& f) {
+FL_EVERYWHERE void with_activation(Activation activation, F&& f) {
   switch (activation) {
 #define FL_CASE(name, Struct) \
   case Activation::k##Struct: \

@@ -5,6 +5,9 @@
 //                       the forward, and with activation identity both gradients,
 //                       dinput = dz weight and dweight = dz' input
 //   ActivationBackward  dz = activation'(z) * dout, and dbias = the column sums of dz
+// and on a GPU one of two more:
+//   LinearActGemm with dout      the first half of a backward that kept no z: it computes z again
+//   ActivationForward   out = activation(z + bias), where somebody else multiplied
 #pragma once
 
 #include <cstdint>
@@ -37,6 +40,29 @@ struct LinearActGemm {
   const void* bias[2] = {nullptr, nullptr};     // (n,) dense, or null
   void* preactivation[2] = {nullptr, nullptr};  // (m, n) dense: a b' + bias, or null: not wanted
   void* out = nullptr;                          // (m, n) dense
+
+  // Not null, and then with z[i] = a[0] b[i]' + bias[i], for the CUDA kernels alone:
+  // plain   out = activation'(z[0]) dout
+  // gated   out = activation'(z[0]) z[1] dout,  out_up = activation(z[0]) dout
+  const void* dout = nullptr;  // (m, n), n dense
+  int64_t dout_stride = 0;
+  void* out_up = nullptr;  // (m, n) dense
+
+  // float32 on tensor cores: whether the first 10 bits after the point are enough.
+  bool allow_tf32 = false;
+};
+
+// out = activation(z[0] + bias[0]), or gated, activation(z[0] + bias[0]) * (z[1] + bias[1]).
+struct ActivationForward {
+  DType dtype = DType::kFloat32;
+  Activation activation = Activation::kIdentity;
+  int64_t rows = 0, cols = 0;
+  bool gated = false;
+  const void* z[2] = {nullptr, nullptr};  // (rows, cols), cols dense
+  int64_t z_stride[2] = {0, 0};
+  const void* bias[2] = {nullptr, nullptr};     // (cols,) dense, or null
+  void* preactivation[2] = {nullptr, nullptr};  // (rows, cols) dense: z + bias, or null: not wanted
+  void* out = nullptr;                          // (rows, cols) dense
 };
 
 struct ActivationBackward {

@@ -29,11 +29,11 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     if chosen == "reference":
         return reference.linear_act(input, weight, bias, activation)
     saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
-    return torch.ops.fastlayers.linear_act_forward(input, weight, bias, activation, saves)[0]
+    return backends.operators(chosen).linear_act_forward(input, weight, bias, activation, saves, _allows_tf32())[0]
 
 
 def _linear_act_setup(ctx, inputs, output):
-    input, weight, bias, activation, saves = inputs
+    input, weight, bias, activation, saves, _ = inputs
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     recomputes = activation != "identity" and not saves
     ctx.save_for_backward(
@@ -49,12 +49,12 @@ def _linear_act_setup(ctx, inputs, output):
 
 def _linear_act_backward(operators, ctx, grad, _):
     if grad is None:
-        return (None,) * 5
-    found = operators.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
-    return (*_wanted(found, ctx.needs), None, None)
+        return (None,) * 6
+    found = operators.linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs, _allows_tf32())
+    return (*_wanted(found, ctx.needs), None, None, None)
 
 
-def _linear_act_forward_fake(input, weight, bias, activation, saves):
+def _linear_act_forward_fake(input, weight, bias, activation, saves, allow_tf32):
     shape = (*input.shape[:-1], weight.shape[0])
     return input.new_empty(shape), input.new_empty(shape if saves else 0)
 
@@ -97,13 +97,13 @@ def gated_linear_act(
     if chosen == "reference":
         return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
     saves = save == "preactivation" and _needs_gradient(input, weight_gate, weight_up, bias_gate, bias_up)
-    return torch.ops.fastlayers.gated_linear_act_forward(
-        input, weight_gate, weight_up, bias_gate, bias_up, activation, saves
+    return backends.operators(chosen).gated_linear_act_forward(
+        input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, _allows_tf32()
     )[0]
 
 
 def _gated_linear_act_setup(ctx, inputs, output):
-    input, weight_gate, weight_up, bias_gate, bias_up, activation, saves = inputs
+    input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, _ = inputs
     needs = ctx.needs_input_grad[:5]
     needs_input, needs_weight = needs[0], needs[1] or needs[2]
     ctx.save_for_backward(
@@ -122,12 +122,12 @@ def _gated_linear_act_setup(ctx, inputs, output):
 
 def _gated_linear_act_backward(operators, ctx, grad, *_):
     if grad is None:
-        return (None,) * 7
-    found = operators.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
-    return (*_wanted(found, ctx.needs), None, None)
+        return (None,) * 8
+    found = operators.gated_linear_act_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs, _allows_tf32())
+    return (*_wanted(found, ctx.needs), None, None, None)
 
 
-def _gated_linear_act_forward_fake(input, weight_gate, weight_up, bias_gate, bias_up, activation, saves):
+def _gated_linear_act_forward_fake(input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, allow_tf32):
     shape = (*input.shape[:-1], weight_gate.shape[0])
     saved = shape if saves else 0
     return input.new_empty(shape), input.new_empty(saved), input.new_empty(saved)
@@ -140,6 +140,18 @@ def _gated_linear_act_backward_fake(
     weight, bias = (grad.shape[-1], in_features), grad.shape[-1]
     shapes = ((*grad.shape[:-1], in_features), weight, weight, bias, bias)
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
+
+
+def _linear_act_epilogue_fake(product, product_up, bias, bias_up, activation, saves):
+    saved = product.shape if saves else 0
+    up = saved if product_up is not None else 0
+    return product.new_empty(product.shape), product.new_empty(saved), product.new_empty(up)
+
+
+@torch.compiler.assume_constant_result  # compiled code is guarded by torch's own switches
+def _allows_tf32():
+    """torch's switch for float32 products on a GPU, as torch.nn.functional.linear goes by it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _wanted(gradients, needs):
@@ -158,6 +170,7 @@ def _refuse_double_backward(op):
 
 
 if not _native.error:
+    torch.library.register_fake("fastlayers::linear_act_epilogue", _linear_act_epilogue_fake)
     for _op, _setup, _backward, _forward_fake, _backward_fake in (
         ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
         (
@@ -239,6 +252,15 @@ def _cpu_reason(facts):
     return backends.native_reason(facts)
 
 
+def _cuda_reason(facts):
+    if facts["dtype"] not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    reason = backends.cuda_reason(facts)
+    if reason is None and facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
+        return "bfloat16 needs a GPU of compute capability 8.0 or newer"
+    return reason
+
+
 def _has_amx(probe):
     return getattr(torch.cpu, probe, lambda: False)()
 
@@ -259,4 +281,4 @@ def _reference_reason(facts):
 
 
 for _op in ("linear_act", "gated_linear_act"):
-    backends.register(_op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason)
+    backends.register(_op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason, cuda=_cuda_reason)

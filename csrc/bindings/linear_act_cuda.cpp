@@ -1,0 +1,85 @@
+// linear_act and gated_linear_act on CUDA.
+#include "bindings/cuda_device.h"
+#include "bindings/linear_act_op.h"
+#include "bindings/namespace.h"
+#include "linear_act/kernels.h"
+
+namespace fl {
+namespace {
+
+class Cuda {
+ public:
+  static constexpr bool kAnyLayout = false, kRecomputes = true;
+
+  Cuda(const Tensor& tensor, bool allow_tf32)
+      : device_(tensor.get_device_index()), allow_tf32_(allow_tf32) {
+    FL_CHECK(cuda_linear_act_gemm != nullptr,
+             "fastlayers was built without CUDA kernels; rebuild it where nvcc is found");
+  }
+
+  void gemm(LinearActGemm g) const {
+    g.allow_tf32 = allow_tf32_;
+    const Tensor workspace = floats(cuda_linear_act_gemm_workspace(g));
+    cuda_linear_act_gemm(g, static_cast<float*>(workspace.data_ptr()), device_.stream());
+  }
+  void backward(const ActivationBackward& p) const {
+    const Tensor workspace = floats(cuda_activation_backward_workspace(p));
+    cuda_activation_backward(p, static_cast<float*>(workspace.data_ptr()), device_.stream());
+  }
+  void forward(const ActivationForward& p) const { cuda_activation_forward(p, device_.stream()); }
+  void admit(const Tensor& tensor, const char* what) const { device_.admit(tensor, what); }
+  Tensor output(Tensor tensor) const { return device_.output(tensor); }
+
+ private:
+  Tensor floats(int64_t count) const { return device_.empty({count}, ScalarType::Float); }
+
+  CudaDevice device_;
+  bool allow_tf32_;
+};
+
+// What comes behind products that somebody else computed: (rows..., out_features) each, product_up
+// for the gated form.
+std::tuple<Tensor, Tensor, Tensor> linear_act_epilogue(Tensor product, OptionalTensor product_up,
+                                                       OptionalTensor bias, OptionalTensor bias_up,
+                                                       std::string activation,
+                                                       bool save_preactivation) {
+  const Cuda device(product, false);
+  const OptionalTensor products[2] = {product, product_up}, *biases[2] = {&bias, &bias_up};
+  const std::vector<int64_t> sizes = sizes_with_last(product, product.size(product.dim() - 1));
+  Tensor out = empty(device, product, sizes), z[2] = {nothing(product), nothing(product)};
+  ActivationForward p;
+  p.dtype = dtype_of(product, "linear_act_epilogue: product");
+  p.activation = activation_from_name(activation);
+  p.gated = product_up.has_value();
+  p.out = out.mutable_data_ptr();
+  std::optional<Matrix> matrices[2];
+  OptionalTensor kept_bias[2];
+  for (int i = 0; i < (p.gated ? 2 : 1); ++i) {
+    check_same_kind(*products[i], product, "linear_act_epilogue: product_up");
+    const Matrix& matrix = matrices[i].emplace(device, *products[i], true);
+    FL_CHECK(matrix.rows() == matrices[0]->rows() && matrix.cols() == matrices[0]->cols(),
+             "linear_act_epilogue: product_up has to be of the shape of product");
+    p.z[i] = matrix.data();
+    p.z_stride[i] = matrix.stride();
+    p.bias[i] = bias_data(device, *biases[i], product, matrix.cols(), kept_bias[i]);
+    if (save_preactivation) {
+      z[i] = empty(device, product, sizes);
+      p.preactivation[i] = z[i].mutable_data_ptr();
+    }
+  }
+  p.rows = matrices[0]->rows();
+  p.cols = matrices[0]->cols();
+  device.forward(p);
+  return {out, z[0], z[1]};
+}
+
+}  // namespace
+}  // namespace fl
+
+STABLE_TORCH_LIBRARY_IMPL(FL_NAMESPACE, FL_CUDA_KEY, m) {
+  m.impl("linear_act_forward", TORCH_BOX(&fl::forward<fl::Cuda>));
+  m.impl("linear_act_backward", TORCH_BOX(&fl::backward<fl::Cuda>));
+  m.impl("gated_linear_act_forward", TORCH_BOX(&fl::gated_forward<fl::Cuda>));
+  m.impl("gated_linear_act_backward", TORCH_BOX(&fl::gated_backward<fl::Cuda>));
+  m.impl("linear_act_epilogue", TORCH_BOX(&fl::linear_act_epilogue));
+}

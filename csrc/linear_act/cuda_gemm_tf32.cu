@@ -1,0 +1,3 @@
+#include "linear_act/cuda_launch.cuh"
+
+void fl::launch_gemm_tf32(const GemmPlan& plan) { launch_gemm_for_layout<Tf32>(plan); }
