@@ -1,7 +1,6 @@
 """Which implementation serves a call: cpu (C++), cuda (CUDA C++), triton, or reference (plain torch).
 
-cublas is a fifth name, for linear layers (torch's own product and one CUDA pass for bias and activation); no op serves
-it yet.
+cublas is a fifth name, for linear layers: torch's own product, and one CUDA pass for bias and activation.
 """
 
 import functools

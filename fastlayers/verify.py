@@ -402,7 +402,7 @@ def run(args):
     sizes = (SMALL,) if args.quick else (SMALL, LARGE)
     checks = [check for check in CHECKS if check.op in (args.ops or OPS)]
     problems, checked = [], False
-    for backend in ("cpu", "cuda", "triton"):
+    for backend in ("cpu", "cuda", "cublas", "triton"):
         reason = machine_reason(backend)
         if reason:
             print(f"backend {backend}: not checked, {reason}\n")

@@ -30,7 +30,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is
 _AVAILABLE = {"cpu"}
 _HAS_NVCC = os.environ.get("FASTLAYERS_BUILD_CUDA") != "0" and (os.environ.get("NVCC") or shutil.which("nvcc"))
 if _HAS_GPU or (SIMULATED and _HAS_NVCC):
-    _AVAILABLE |= {"cuda", "triton"} if importlib.util.find_spec("triton") else {"cuda"}
+    _AVAILABLE |= {"cuda", "cublas", "triton"} if importlib.util.find_spec("triton") else {"cuda", "cublas"}
 if _INTERPRETED:
     _AVAILABLE = {"triton"}
 BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in BACKENDS.items()}
@@ -39,7 +39,7 @@ BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in 
 @contextlib.contextmanager
 def device_of(backend):
     """Within, tensors are made where the backend takes them, and the simulator is there if it is the backend."""
-    if backend not in ("cuda", "triton") or _INTERPRETED:
+    if backend not in ("cuda", "cublas", "triton") or _INTERPRETED:
         yield
     elif SIMULATED:
         from tests import simulator
@@ -56,7 +56,7 @@ def device_of(backend):
 
 def on_host(backend, *tensors):
     """Within, these tensors, made with device="cpu", count as being on the CPU."""
-    if backend not in ("cuda", "triton") or _INTERPRETED or not SIMULATED:
+    if backend not in ("cuda", "cublas", "triton") or _INTERPRETED or not SIMULATED:
         return contextlib.nullcontext()
     from tests import simulator
 

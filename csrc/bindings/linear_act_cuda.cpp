@@ -73,6 +73,48 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_epilogue(Tensor product, OptionalT
   return {out, z[0], z[1]};
 }
 
+// Its gradient, from the pre-activations that were saved.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_epilogue_backward(
+    Tensor grad, OptionalTensor preactivation, OptionalTensor preactivation_up,
+    std::string activation, bool needs_product, bool needs_product_up, bool needs_bias,
+    bool needs_bias_up) {
+  const Cuda device(grad, false);
+  const Matrix dout(device, grad, true);
+  const OptionalTensor* saved[2] = {&preactivation, &preactivation_up};
+  const bool needs[2] = {needs_product, needs_product_up},
+             needs_sums[2] = {needs_bias, needs_bias_up};
+  Tensor dz[2] = {nothing(grad), nothing(grad)}, dbias[2] = {nothing(grad), nothing(grad)};
+  ActivationBackward p;
+  p.dtype = dtype_of(grad, "linear_act_epilogue: grad");
+  p.activation = activation_from_name(activation);
+  p.gated = preactivation_up.has_value();
+  p.rows = dout.rows();
+  p.cols = dout.cols();
+  p.dout = dout.data();
+  p.dout_stride = dout.stride();
+  FL_CHECK(preactivation || (p.activation == Activation::kIdentity && !p.gated),
+           "linear_act_epilogue: its gradient needs the pre-activation; save it");
+  FL_CHECK(p.gated || !(needs_product_up || needs_bias_up),
+           "linear_act_epilogue: the gradient of product_up needs the pre-activations; save them");
+  for (int i = 0; i < 2; ++i) {
+    if (*saved[i]) {
+      check_preactivation(**saved[i], grad);
+      device.admit(**saved[i], "linear_act_epilogue: preactivation");
+      p.z[i] = (*saved[i])->const_data_ptr();
+    }
+    if (needs[i]) {
+      dz[i] = empty(device, grad, sizes_with_last(grad, p.cols));
+      p.dz[i] = dz[i].mutable_data_ptr();
+    }
+    if (needs_sums[i]) {
+      dbias[i] = empty(device, grad, {p.cols});
+      p.dbias[i] = dbias[i].mutable_data_ptr();
+    }
+  }
+  device.backward(p);
+  return {dz[0], dz[1], dbias[0], dbias[1]};
+}
+
 }  // namespace
 }  // namespace fl
 
@@ -82,4 +124,5 @@ STABLE_TORCH_LIBRARY_IMPL(FL_NAMESPACE, FL_CUDA_KEY, m) {
   m.impl("gated_linear_act_forward", TORCH_BOX(&fl::gated_forward<fl::Cuda>));
   m.impl("gated_linear_act_backward", TORCH_BOX(&fl::gated_backward<fl::Cuda>));
   m.impl("linear_act_epilogue", TORCH_BOX(&fl::linear_act_epilogue));
+  m.impl("linear_act_epilogue_backward", TORCH_BOX(&fl::linear_act_epilogue_backward));
 }

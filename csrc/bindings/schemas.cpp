@@ -64,8 +64,13 @@ FL_TORCH_LIBRARY(m) {
       " bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
   // On CUDA: activation(product + bias), or activation(product + bias) * (product_up + bias_up),
-  // and the pre-activations, empty where not saved. Not differentiable by itself.
+  // and the pre-activations, empty where not saved. The backward's results come in the order of the
+  // first four arguments; preactivation is None for identity alone.
   m.def(
       "linear_act_epilogue(Tensor product, Tensor? product_up, Tensor? bias, Tensor? bias_up,"
       " str activation, bool save_preactivation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_act_epilogue_backward(Tensor grad, Tensor? preactivation, Tensor? preactivation_up,"
+      " str activation, bool needs_product, bool needs_product_up, bool needs_bias,"
+      " bool needs_bias_up) -> (Tensor, Tensor, Tensor, Tensor)");
 }

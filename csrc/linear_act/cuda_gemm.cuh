@@ -94,10 +94,11 @@ struct PartOfTiles {
 template <class S>
 class TileStream {
  public:
-  __device__ __forceinline__ TileStream(const GemmCall& call, int tiles)
+  // base: what a stage's number is told from.
+  __device__ __forceinline__ TileStream(const GemmCall& call, uint32_t base, int tiles)
       : call_(call), more_(tiles > 0 ? kAll : 0) {
-    place_a_ = typename S::CopyA::Place(threadIdx.x).offset();
-    place_b_ = typename S::CopyB::Place(threadIdx.x).offset();
+    place_a_ = base + typename S::CopyA::Place(threadIdx.x).offset();
+    place_b_ = base + typename S::CopyB::Place(threadIdx.x).offset();
     keep(place_a_);
     keep(place_b_);
   }
@@ -155,7 +156,7 @@ class TileStream {
   }
 
   const GemmCall& call_;
-  uint32_t place_a_, place_b_;  // this thread's, in the tiles
+  uint32_t place_a_, place_b_;  // this thread's, in the tiles, behind base
   int more_;                    // tiles behind those that left_ tells of
   int left_ = 0, least_ = 1;    // of k; where less is left, tiles take more care
   typename S::CopyA a_;
@@ -198,12 +199,14 @@ __device__ __forceinline__ void store_sums(const GemmCall& call,
 template <class S>
 __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) {
   const int tiles = PartOfTiles<S>(call).tiles;
-  TileStream<S> stream(call, tiles);
+  // Stages are told by their distance from `base`, which is in the threads' places; sm_75 has no
+  // register left for places that differ from those in a tile, and tells them by their address.
+  const uint32_t base = S::kRowsStay ? memory : 0;
+  uint32_t first = S::kRowsStay ? 0 : memory, last = first + (S::kStages - 1) * S::kStageBytes;
+  if (!S::kRowsStay) keep(first), keep(last);
+  TileStream<S> stream(call, base, tiles);
   std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(
-      warp_row(), warp_column(), static_cast<int>(threadIdx.x % 32));
-  uint32_t first = memory, last = memory + (S::kStages - 1) * S::kStageBytes;
-  keep(first);
-  keep(last);
+      base, warp_row(), warp_column(), static_cast<int>(threadIdx.x % 32));
 #pragma unroll 1
   for (uint32_t stage = first; stage != last; stage += S::kStageBytes) {
     stream.next(stage);

@@ -46,12 +46,14 @@ class WarpSums {
  public:
   Accumulator sums[kTilesM][kTilesN];
 
-  // The warp's rows of a and of b in their tiles.
-  __device__ __forceinline__ WarpSums(int row, int column, int lane) {
+  // base: what a stage's number is told from; then, the warp's rows of a and of b in their tiles.
+  __device__ __forceinline__ WarpSums(uint32_t base, int row, int column, int lane) {
     a_ = S::kDenseA ? TileA::lane_a(row * TileA::kRowBytes, lane)
                     : TileA::lane_a_transposed(row / TileA::kPanel * TileA::kPanelBytes, lane);
     b_ = S::kDenseB ? TileB::lane_b(column * TileB::kRowBytes, lane)
                     : TileB::lane_b_transposed(column / TileB::kPanel * TileB::kPanelBytes, lane);
+    a_ += base;
+    b_ += base;
     keep(a_);
     keep(b_);
 #pragma unroll
@@ -62,7 +64,7 @@ class WarpSums {
   }
 
  protected:
-  uint32_t a_, b_;  // this lane's places in the tiles
+  uint32_t a_, b_;  // this lane's places in the tiles, behind base
 };
 
 // 16-bit factors, sm_80 and newer: while one step is multiplied the fragments of the next are on

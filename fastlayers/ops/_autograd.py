@@ -22,5 +22,14 @@ def attach_autograd(operator, namespace, lib=None):
     """Give torch.ops.<namespace>.<operator> the gradient that was declared for this operator, if one was."""
     if operator in _gradients:
         backward, setup_context = _gradients[operator]
-        bound = functools.partial(backward, getattr(torch.ops, namespace))
+        bound = functools.partial(_run, backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(f"{namespace}::{operator}", bound, setup_context=setup_context, lib=lib)
+
+
+def _run(backward, operators, ctx, *grads):
+    """Where a gradient of this gradient may be asked for (create_graph), every grad counts as requiring one: what
+    `backward` returns belongs to the graph then, even where no tensor that it reads does, and refuses.
+    """
+    if torch.is_grad_enabled():
+        grads = [g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads]
+    return backward(operators, ctx, *grads)

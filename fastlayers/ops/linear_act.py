@@ -25,10 +25,15 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     """
     input, weight, bias = _autocast(input, weight, bias)
     _check("linear_act", activation, save, input, weight=weight, bias=bias)
-    chosen = backends.choose("linear_act", _facts_of(input, weight, bias), backend)
+    chosen = backends.choose("linear_act", _facts_of(save, input, weight, bias), backend)
     if chosen == "reference":
         return reference.linear_act(input, weight, bias, activation)
+    if chosen == "cublas" and activation == "identity":
+        return torch.nn.functional.linear(input, weight, bias)
     saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
+    if chosen == "cublas":
+        product = torch.nn.functional.linear(input, weight)
+        return backends.operators(chosen).linear_act_epilogue(product, None, bias, None, activation, saves)[0]
     return backends.operators(chosen).linear_act_forward(input, weight, bias, activation, saves, _allows_tf32())[0]
 
 
@@ -93,10 +98,13 @@ def gated_linear_act(
             "they have to be the same"
         )
     parameters = (weight_gate, weight_up, bias_gate, bias_up)
-    chosen = backends.choose("gated_linear_act", _facts_of(input, *parameters), backend)
+    chosen = backends.choose("gated_linear_act", _facts_of(save, input, *parameters), backend)
     if chosen == "reference":
         return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
-    saves = save == "preactivation" and _needs_gradient(input, weight_gate, weight_up, bias_gate, bias_up)
+    saves = save == "preactivation" and _needs_gradient(input, *parameters)
+    if chosen == "cublas":
+        products = (torch.nn.functional.linear(input, weight) for weight in (weight_gate, weight_up))
+        return backends.operators(chosen).linear_act_epilogue(*products, bias_gate, bias_up, activation, saves)[0]
     return backends.operators(chosen).gated_linear_act_forward(
         input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, _allows_tf32()
     )[0]
@@ -142,10 +150,30 @@ def _gated_linear_act_backward_fake(
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
+def _linear_act_epilogue_setup(ctx, inputs, output):
+    _, product_up, _, _, activation, saves = inputs
+    ctx.save_for_backward(output[1] if saves else None, output[2] if saves and product_up is not None else None)
+    ctx.activation, ctx.needs = activation, ctx.needs_input_grad[:4]
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_act_epilogue_backward(operators, ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    found = operators.linear_act_epilogue_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
+    return (*_wanted(found, ctx.needs), None, None)
+
+
 def _linear_act_epilogue_fake(product, product_up, bias, bias_up, activation, saves):
     saved = product.shape if saves else 0
     up = saved if product_up is not None else 0
     return product.new_empty(product.shape), product.new_empty(saved), product.new_empty(up)
+
+
+def _linear_act_epilogue_backward_fake(grad, preactivation, preactivation_up, activation, *needs):
+    shapes = (grad.shape, grad.shape, grad.shape[-1], grad.shape[-1])
+    return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
 @torch.compiler.assume_constant_result  # compiled code is guarded by torch's own switches
@@ -170,7 +198,6 @@ def _refuse_double_backward(op):
 
 
 if not _native.error:
-    torch.library.register_fake("fastlayers::linear_act_epilogue", _linear_act_epilogue_fake)
     for _op, _setup, _backward, _forward_fake, _backward_fake in (
         ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
         (
@@ -185,6 +212,10 @@ if not _native.error:
         torch.library.register_fake(f"fastlayers::{_op}_backward", _backward_fake)
         register_autograd(f"{_op}_forward", _backward, _setup)
         register_autograd(f"{_op}_backward", _refuse_double_backward(_op))
+    torch.library.register_fake("fastlayers::linear_act_epilogue", _linear_act_epilogue_fake)
+    torch.library.register_fake("fastlayers::linear_act_epilogue_backward", _linear_act_epilogue_backward_fake)
+    register_autograd("linear_act_epilogue", _linear_act_epilogue_backward, _linear_act_epilogue_setup)
+    register_autograd("linear_act_epilogue_backward", _refuse_double_backward("linear_act"))
 
 
 def _autocast(input, *others):
@@ -231,19 +262,20 @@ def _check(op, activation, save, input, **parameters):
             raise ValueError(f"{op}: {name} is on {tensor.device}, input is on {input.device}")
 
 
-def _facts_of(input, *parameters):
+def _facts_of(save, input, *parameters):
     """`sizes`: (rows, in_features, out_features), what the choice among GPU kernels goes by."""
     return {
         "device": input.device.type,
         "dtype": input.dtype,
+        "save": save,
         "needs_gradient": _needs_gradient(input, *parameters),
         "sizes": (input.numel() // max(input.shape[-1], 1), input.shape[-1], parameters[0].shape[0]),
     }
 
 
-def _facts(input, weight, *others, **options):
+def _facts(input, weight, *others, save="preactivation", **options):
     others = [value for value in (*others, *options.values()) if isinstance(value, torch.Tensor)]
-    return _facts_of(*_autocast(input, weight, *others))
+    return _facts_of(save, *_autocast(input, weight, *others))
 
 
 def _cpu_reason(facts):
@@ -259,6 +291,14 @@ def _cuda_reason(facts):
     if reason is None and facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
         return "bfloat16 needs a GPU of compute capability 8.0 or newer"
     return reason
+
+
+def _cublas_reason(facts):
+    if facts["dtype"] not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    if facts["save"] == "input" and facts["needs_gradient"]:
+        return 'save="input" needs a kernel that computes the product again'
+    return backends.cuda_reason(facts)
 
 
 def _has_amx(probe):
@@ -281,4 +321,6 @@ def _reference_reason(facts):
 
 
 for _op in ("linear_act", "gated_linear_act"):
-    backends.register(_op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason, cuda=_cuda_reason)
+    backends.register(
+        _op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason, cuda=_cuda_reason, cublas=_cublas_reason
+    )
