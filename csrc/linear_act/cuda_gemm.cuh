@@ -44,6 +44,9 @@ struct GemmShape {
   // with them too many for two steps at once.
   static constexpr bool kRowsStay = kArch_ >= 80 || sizeof(T) == 2;
   static constexpr int kUnrolled = kRowsStay && sizeof(T) == 4 ? 1 : kSteps;
+  // A stage's number is its distance from the first, or, where all of them have registers, its
+  // address: that saves instructions.
+  static constexpr bool kBaseInPlaces = kArch_ >= 80 && sizeof(T) == 4;
   using CopyA = FactorCopy<T, kDenseA, kTileDepth>;
   using CopyB = FactorCopy<T, kDenseB, kTileDepth>;
   static constexpr int kTileB = CopyA::Tile::kBytes;  // where it begins in a stage
@@ -199,11 +202,12 @@ __device__ __forceinline__ void store_sums(const GemmCall& call,
 template <class S>
 __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) {
   const int tiles = PartOfTiles<S>(call).tiles;
-  // Stages are told by their distance from `base`, which is in the threads' places; sm_75 has no
-  // register left for places that differ from those in a tile, and tells them by their address.
-  const uint32_t base = S::kRowsStay ? memory : 0;
-  uint32_t first = S::kRowsStay ? 0 : memory, last = first + (S::kStages - 1) * S::kStageBytes;
-  if (!S::kRowsStay) keep(first), keep(last);
+  const uint32_t base = S::kBaseInPlaces ? memory : 0;
+  uint32_t first = memory - base, last = first + (S::kStages - 1) * S::kStageBytes;
+  if (!S::kBaseInPlaces) {
+    keep(first);
+    keep(last);
+  }
   TileStream<S> stream(call, base, tiles);
   std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(
       base, warp_row(), warp_column(), static_cast<int>(threadIdx.x % 32));
