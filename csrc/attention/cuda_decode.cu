@@ -4,6 +4,7 @@
 #include "attention/cuda_decode.cuh"
 #include "attention/kernels.h"
 #include "common/check.h"
+#include "common/cuda_arch.h"
 
 namespace fl {
 namespace {
@@ -67,11 +68,12 @@ void cuda_attention_decode(const AttentionForward& p, float* scratch, void* stre
   FL_CHECK(p.batch <= 65535 && p.heads_k * plan.row_blocks <= 65535,
            "attention_decode: more than 65535 sequences, or heads times blocks of rows");
   FL_CHECK(p.seqlen_k < kFar, "attention_decode: a cache of 2^30 keys or more");
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  const int arch = compiled_arch("attention_decode");
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (p.dtype == DType::kFloat16) return launch_decode<__half>(p, plan, major >= 8, cuda_stream);
-  if (p.dtype == DType::kFloat32) return launch_decode<float>(p, plan, major >= 8, cuda_stream);
-  FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
+  if (p.dtype == DType::kFloat16) return launch_decode<__half>(p, plan, arch >= 80, cuda_stream);
+  if (p.dtype == DType::kFloat32) return launch_decode<float>(p, plan, arch >= 80, cuda_stream);
+  FL_CHECK(arch >= 80, "attention_decode: bfloat16 needs kernels for compute capability 8.0, this ",
+           "GPU runs those for ", arch / 10, ".", arch % 10);
   launch_decode<__nv_bfloat16>(p, plan, true, cuda_stream);
 }
 

@@ -4,25 +4,24 @@
 
 #include "attention/kernels.h"
 #include "common/check.h"
+#include "common/cuda_arch.h"
 
 namespace fl {
 
 // csrc/attention/cuda_forward_kernel.cuh
 template <class T>
-void forward_of(const AttentionForward& p, int major, cudaStream_t stream);
+void forward_of(const AttentionForward& p, int arch, cudaStream_t stream);
 
 void cuda_attention_forward(const AttentionForward& p, void* stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  int device = 0, major = 0;
-  FL_CHECK(
-      cudaGetDevice(&device) == cudaSuccess &&
-          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess,
-      "attention: no CUDA device");
-  if (p.dtype == DType::kFloat32) return forward_of<float>(p, major, cuda_stream);
-  if (p.dtype == DType::kFloat16) return forward_of<__half>(p, major, cuda_stream);
-  FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
-  forward_of<__nv_bfloat16>(p, major, cuda_stream);
+  const int arch = compiled_arch("attention");
+  if (p.dtype == DType::kFloat32) return forward_of<float>(p, arch, cuda_stream);
+  if (p.dtype == DType::kFloat16) return forward_of<__half>(p, arch, cuda_stream);
+  FL_CHECK(arch >= 80,
+           "attention: bfloat16 needs kernels for compute capability 8.0, this GPU runs ",
+           "those for ", arch / 10, ".", arch % 10);
+  forward_of<__nv_bfloat16>(p, arch, cuda_stream);
 }
 
 }  // namespace fl

@@ -1,5 +1,5 @@
 #include "attention/cuda_forward_kernel.cuh"
 
 namespace fl {
-template void forward_of<float>(const AttentionForward& p, int major, cudaStream_t stream);
+template void forward_of<float>(const AttentionForward& p, int arch, cudaStream_t stream);
 }

@@ -311,12 +311,12 @@ inline bool is_general(const AttentionForward& p) {
          !(p.softmax_scale > 0);
 }
 
-// The kernel for the head_dim's bucket; `major` is that of the compute capability. Each T is
+// The kernel for the head_dim's bucket; `arch` is that of the kernels (cuda_arch.h). Each T is
 // compiled in a file of its own. Tiles are as large as registers and, on sm_75, 64 KB of shared
 // memory allow. The general kernel comes in fewer buckets, and is the only one for float: each
 // takes seconds to compile.
 template <class T>
-void forward_of(const AttentionForward& p, int major, cudaStream_t stream) {
+void forward_of(const AttentionForward& p, int arch, cudaStream_t stream) {
   constexpr bool kFloat = sizeof(T) == 4;
   const auto dim = static_cast<int>(std::max(p.head_dim, p.head_dim_v));
   if (kFloat || is_general(p)) {
@@ -333,7 +333,7 @@ void forward_of(const AttentionForward& p, int major, cudaStream_t stream) {
     with_int(Ints<32, 64, 96, 128, 192, 256>{}, bucket, "head_dim", [&](auto constant) {
       constexpr int kDim = decltype(constant)::value, kBlockN = kDim > 128 ? 32 : 64;
       if constexpr (kDim > 64) {
-        if (kDim > 128 || major < 8) {
+        if (kDim > 128 || arch < 80) {
           return launch_forward<ForwardShape<T, kDim, kBlockN, 1, false>>(p, stream);
         }
       }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "common/cuda_arch.h"
 #include "linear_act/cuda_launch.cuh"
 #include "linear_act/kernels.h"
 
@@ -56,16 +57,15 @@ void cuda_linear_act_gemm(const LinearActGemm& g, float* workspace, void* stream
   GemmPlan plan;
   plan.call = cut_up(g);
   plan.call.partial = workspace;
-  plan.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-              attribute(cudaDevAttrComputeCapabilityMinor);
+  plan.arch = compiled_arch("linear_act");
   plan.stream = static_cast<cudaStream_t>(stream);
   switch (g.dtype) {
     case DType::kFloat16:
       launch_gemm_float16(plan);
       break;
     case DType::kBFloat16:
-      FL_CHECK(plan.arch >= 80, "linear_act: bfloat16 needs compute capability 8.0, this GPU has ",
-               plan.arch / 10, ".", plan.arch % 10);
+      FL_CHECK(plan.arch >= 80, "linear_act: bfloat16 needs kernels for compute capability 8.0, ",
+               "this GPU runs those for ", plan.arch / 10, ".", plan.arch % 10);
       launch_gemm_bfloat16(plan);
       break;
     case DType::kFloat32:

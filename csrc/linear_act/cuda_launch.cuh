@@ -6,7 +6,7 @@
 
 namespace fl {
 
-// The call, with its blocks and splits chosen for a GPU of compute capability arch / 10.
+// The call, with its blocks and splits chosen for kernels of architecture `arch`.
 struct GemmPlan {
   GemmCall call;
   int arch = 0;

@@ -76,7 +76,7 @@ def _compilers():
 
 
 def build(name, sources):
-    """The path of a library of these sources, compiled; building takes half a minute, once."""
+    """The path of a library of these sources, compiled; building takes minutes, once."""
     nvcc, version, compiler = _compilers()
     torch_root = Path(torch.__file__).parent
     folder = folder_of(name, nvcc, version, compiler, torch_root, torch.__version__)

@@ -159,7 +159,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
   a.localSizeBytes = facts.local;
   a.maxThreadsPerBlock = facts.most_threads;
   a.maxDynamicSharedSizeBytes = function->most_dynamic_shared;
-  a.ptxVersion = a.binaryVersion = device().arch;
+  a.ptxVersion = sim::image_of(*function)->arch;
+  a.binaryVersion = device().arch;
   *attributes = a;  // registers are handed out by ptxas, which does not run: numRegs is 0
   return cudaSuccess;
 }

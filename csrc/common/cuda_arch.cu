@@ -1,0 +1,23 @@
+#include <cuda_runtime.h>
+
+#include "common/check.h"
+#include "common/cuda_arch.h"
+
+namespace fl {
+namespace {
+
+__global__ void any_kernel() {}
+
+}  // namespace
+
+int compiled_arch(const char* op) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, any_kernel);
+  if (error != cudaSuccess) cudaGetLastError();  // forgets it: this message is the report
+  FL_CHECK(error == cudaSuccess, op, ": this GPU runs no kernel of this library (",
+           cudaGetErrorString(error),
+           "); rebuild fastlayers with FASTLAYERS_CUDA_ARCHS set to its compute capability");
+  return attributes.ptxVersion;
+}
+
+}  // namespace fl

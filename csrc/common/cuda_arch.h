@@ -1,0 +1,11 @@
+// Which code of this library the current GPU runs.
+#pragma once
+
+namespace fl {
+
+// What __CUDA_ARCH__ / 10 is in the kernels that the current device runs: 75, 80, 90. Less than the
+// device's own where it runs code for an older one, so that launchers have to go by it wherever
+// kernels differ. `op` begins the message where the device runs none.
+int compiled_arch(const char* op);
+
+}  // namespace fl
