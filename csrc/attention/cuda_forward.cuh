@@ -21,6 +21,7 @@ struct ForwardShape {
   static constexpr int kDim = kDim_, kBlockN = kBlockN_;  // head_dim and head_dim_v, filled up
   static constexpr int kTilesM = kTilesM_;                // of 16 rows, per warp
   static constexpr bool kGeneral = kGeneral_;             // ScoreRules or dropout
+  static constexpr bool kNatural = kGeneral;  // shifts are in natural units, not in powers of 2
   static constexpr bool kKeepsQ = kDim <= 64 && sizeof(T) == 2;  // its fragments stay in registers
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kWarps * kWarpRows;
@@ -130,7 +131,9 @@ class ForwardWarp {
     for (int row = 0; row < 2 * S::kTilesM; ++row) {
       const float before = shift_[row], now = fmaxf(before, row_max(row) * scale);
       // Nothing has been summed up yet where there is no shift.
-      shrink[row] = before == -INFINITY ? 1.0f : exp2_approx(before - now);
+      shrink[row] = before == -INFINITY
+                        ? 1.0f
+                        : exp2_approx(S::kNatural ? (before - now) * kLog2e : before - now);
       moved |= shrink[row] != 1.0f;
       shift_[row] = now == -INFINITY ? 0.0f : now;
       sum_[row] = fmaf(sum_[row], shrink[row], exponentiate_row(row, scale));
@@ -211,11 +214,11 @@ class ForwardWarp {
       float sum = sum_[row];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const float own = shift_[row], top = fmaxf(own, sink * kLog2e);
-      const float shrink = own == -INFINITY ? 0.0f : exp2f(own - top);
-      if (sink != -INFINITY) sum = sum * shrink + exp2f(sink * kLog2e - top);
+      const float own = S::kNatural ? shift_[row] : shift_[row] * kLn2, top = fmaxf(own, sink);
+      const float shrink = own == -INFINITY ? 0.0f : exp2f((own - top) * kLog2e);
+      if (sink != -INFINITY) sum = sum * shrink + exp2f((sink - top) * kLog2e);
       const float share = sum > 0.0f ? factor * shrink / sum : sum == 0.0f ? 0.0f : sum;
-      lse[row] = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
+      lse[row] = sum == 0.0f ? -INFINITY : fmaf(log2f(sum), kLn2, top);
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
         output_[row / 2][d].r[2 * (row % 2)] *= share;
@@ -265,7 +268,8 @@ class ForwardWarp {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = scores_[row / 2][n].r[2 * (row % 2) + e];
-        x = exp2_approx(fmaf(x, scale, -shift_[row]));
+        // A mask of the most negative numbers has no product with log2 e, but differences from it.
+        x = exp2_approx(S::kNatural ? (x - shift_[row]) * kLog2e : fmaf(x, scale, -shift_[row]));
         sum += x;
       }
     }
@@ -287,7 +291,8 @@ class ForwardWarp {
   FragmentA<T> packed_[kPacks ? kStepsV : 1][S::kTilesM];
   FragmentA<T> kept_[S::kKeepsQ ? S::kSteps : 1][S::kTilesM];
   Accumulator scores_[S::kTilesM][S::kTilesN], output_[S::kTilesM][S::kTilesD];
-  float shift_[2 * S::kTilesM], sum_[2 * S::kTilesM];  // in powers of 2; of the lane's own columns
+  float shift_[2 * S::kTilesM];  // in powers of 2; where general, in natural units
+  float sum_[2 * S::kTilesM];    // of the lane's own columns
 };
 
 }  // namespace fl

@@ -112,7 +112,7 @@ __device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const Forwar
     warp.map(task.lane, [&](float x, int row, int column) {
       const int i = i0 + row, j = j0 + column;
       const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
-      return visible ? rules(x, i, j) * kLog2e : -INFINITY;
+      return visible ? rules(x, i, j) : -INFINITY;
     });
   } else if (!keys.all(j0, j0 + S::kBlockN)) {
     if (p.window_left < 0) {
