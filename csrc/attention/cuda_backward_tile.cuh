@@ -16,7 +16,8 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
 // again where it is needed, instead of being kept in registers over a whole loop.
 template <class T>
 __device__ __forceinline__ T afresh(T value) {
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
   return value;
 }
 
@@ -31,28 +32,27 @@ template <class Tile, class S>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x, int64_t stride,
                                           int row, int rows, int columns) {
   using T = typename S::T;
-  const int thread = afresh(static_cast<int>(threadIdx.x));
+  const unsigned thread = afresh(threadIdx.x);
   if constexpr (S::kGeneral) {
     using Panel = SharedTile<T, Tile::kRows, Tile::kPanel>;
     for (int column = 0; column < columns; column += Tile::kPanel) {
       TileCopy<Panel, S::kThreads, T>(tile, x + column, stride, row, rows,
-                                      min(columns - column, Tile::kPanel), thread)
+                                      min(columns - column, Tile::kPanel), static_cast<int>(thread))
           .next();
       tile += Panel::kBytes;
     }
   } else {
-    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, thread).next();
+    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, static_cast<int>(thread))
+        .next();
   }
 }
 
-// Row data from row `from` on to shared memory; between the arrays lie `row_array` numbers.
+// Data of kBlockM rows to shared memory.
 template <class S>
-__device__ __forceinline__ void copy_row_data(const float* from, int64_t row_array, uint32_t to) {
-  constexpr int kChunks = S::kBlockM / 4;  // of 16 bytes, per array
-  const int thread = afresh(static_cast<int>(threadIdx.x));
-  if (thread < S::kRowArrays * kChunks) {
-    copy_async(to + thread * 16, from + thread / kChunks * row_array + thread % kChunks * 4, 16);
-  }
+__device__ __forceinline__ void copy_row_data(const float* from, uint32_t to) {
+  const unsigned thread = afresh(threadIdx.x);
+  static_assert(S::kBlockM <= S::kThreads);
+  if (thread < S::kBlockM) copy_async(to + thread * kRowBytes, from + thread * 4, kRowBytes);
 }
 
 __device__ __forceinline__ Dropout read_dropout(const AttentionForward& f) {
@@ -96,7 +96,7 @@ class GradientTile {
   __device__ __forceinline__ GradientTile(const BackwardShared<S>& shared, int warp, int lane)
       : shared_(shared),
         a_(S::TileKv::lane_a(shared.k + warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
-        b_(S::TileQ::lane_b(shared.k, lane)),
+        b_(afresh(S::TileQ::lane_b(shared.k, lane))),
         lane_(lane) {}
 
   // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
@@ -110,7 +110,7 @@ class GradientTile {
     const uint32_t row = row_data(first);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      const float2 minus_lse = load_shared_pair(row + 32 * n);
+      const float2 minus_lse = load_shared_pair(row + 8 * n * kRowBytes);
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -125,7 +125,8 @@ class GradientTile {
 
   // Hides the scores of pairs that do not see each other.
   __device__ __forceinline__ void hide(const Sequence& sequence, const TilePlace& at) {
-    const int lane = afresh(lane_), key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
+    const int lane = afresh(threadIdx.x) % 32;
+    const int key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
     const int behind_end = key - query - sequence.end_offset;
     const int behind_begin = key - query - sequence.begin_offset;
     const int behind_last = key - sequence.seqlen_k;
@@ -148,8 +149,8 @@ class GradientTile {
     for (int n = 0; n < S::kTilesN; ++n) {
       const uint32_t row = row_data(first + 8 * n);
       const float2 minus_lse = load_shared_pair(row);
-      const float2 minus_delta = load_shared_pair(row + S::kBlockM * 4);
-      const float2 normalizer = load_shared_pair(row + S::kBlockM * 8);
+      const float2 normalizer = load_shared_pair(row + 8);
+      const float2 minus_delta = load_shared_pair(row + 16);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int i = query_of(at, n, c), begin = sequence.begin(i), end = sequence.end(i);
@@ -174,9 +175,9 @@ class GradientTile {
     }
   }
 
-  // The lane's columns of row data from row `first` of the block on.
+  // Data of the lane's two columns, from row `first` of the block on.
   __device__ __forceinline__ uint32_t row_data(int first) const {
-    return shared_.rows + first * 4 + afresh(lane_) % 4 * 8;
+    return shared_.rows + first * kRowBytes + afresh(threadIdx.x) % 4 * (2 * kRowBytes);
   }
   __device__ __forceinline__ int query_of(const TilePlace& at, int n, int e) const {
     return at.i0 + 8 * n + lane_ % 4 * 2 + e % 2;
@@ -224,7 +225,7 @@ class GradientTile {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             Accumulator& to = x[m][n + half];
-            if (begins) to = start_of<kMinusDelta>(row + 32 * (n + half));
+            if (begins) to = start_of<kMinusDelta>(row + 8 * (n + half) * kRowBytes);
             mma<T>(to, a[m], b[half], to);
           }
         }
@@ -236,10 +237,11 @@ class GradientTile {
   template <bool kMinusDelta>
   static __device__ __forceinline__ Accumulator start_of(uint32_t row) {
     if constexpr (!kMinusDelta) return {};
-    // Loaded twice: two registers more would be copies.
-    const float2 upper = load_shared_pair(row + S::kBlockM * 4);
-    const float2 lower = load_shared_pair(row + S::kBlockM * 4);
-    return {{upper.x, upper.y, lower.x, lower.y}};
+    Accumulator start;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(start.r[0]), "=f"(start.r[1]), "=f"(start.r[2]), "=f"(start.r[3])
+                 : "r"(row + 16));
+    return start;
   }
 
   // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.

@@ -18,7 +18,7 @@ struct SharedTile {
   static constexpr int kRowBytes = kSize * kPanel, kChunks = kRowBytes / 16;
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kSize * kRows * kColumns;
-  static_assert(kColumns % 32 == 0 && kRows % 8 == 0);
+  static_assert(kColumns * kSize % 64 == 0 && kRows % 8 == 0);
 
   // Of the 8 rows that share the banks, no two have the same value; 32-bit numbers also need rows t
   // and rows 2t, t < 4, to differ above the last bit, because their columns are two chunks wide.
