@@ -11,8 +11,12 @@
 
 namespace fl {
 
+// To a number in global memory, kBytes behind `address`.
+template <int kBytes>
 __device__ __forceinline__ void add_global(uint64_t address, float value) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0 + %2], %1;" ::"l"(address), "f"(value),
+               "n"(kBytes)
+               : "memory");
 }
 
 // What a block adds up, and its products. Row 16 m + 8 r + lane / 4 of the warp is a key.
@@ -143,7 +147,7 @@ class BackwardWarp {
         for (int i = 0; i < 4; ++i) {
           const uint32_t to =
               S::TileDs::moved(place, 16 * m + i % 2 * 8, first / 8 + 2 * step + i / 2);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(ds[step][m].r[i]));
+          shared_at<uint32_t>(to) = ds[step][m].r[i];
         }
       }
     }
@@ -170,14 +174,13 @@ class BackwardWarp {
         afresh(__cvta_generic_to_global(scratch.dq_tile(row, column, cells) + lane));
 #pragma unroll
     for (int m = 0; m < S::kStepM / 16; ++m) {
-#pragma unroll
-      for (int d = 0; d < S::kColumnsQ / 8; ++d) {
-        if (S::kGeneral && 8 * d >= columns) break;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          add_global(to + ((m * cells + d) * 128 + e * 32) * sizeof(float), dq[m][d].r[e]);
-        }
-      }
+      unrolled<S::kColumnsQ / 8>([&](auto d) {
+        if (S::kGeneral && 8 * d >= columns) return;
+        unrolled<4>([&](auto e) {
+          add_global<(d * 128 + e * 32) * sizeof(float)>(to + m * cells * 128 * sizeof(float),
+                                                         dq[m][d].r[e]);
+        });
+      });
     }
   }
 

@@ -34,8 +34,12 @@ class QueryStream {
   __device__ __forceinline__ void start(int m0) const {
     const TensorView4 &q = p_.forward.q, &dout = p_.dout;
     if (!S::kGeneral && scratch_.whole_chunks && m0 + S::kBlockM <= seqlen_) {
-      copy_whole(shared_.q, q_, q.stride_s, m0);
-      copy_whole(shared_.dout, dout_, dout.stride_s, m0);
+      const unsigned thread = afresh(threadIdx.x);
+      const unsigned row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+      const uint32_t place = Tile::at(row, chunk);
+      const uint64_t i = m0 + row;
+      copy_whole(shared_.q + place, q_ + i * q.stride_s + kChunk * chunk, q.stride_s);
+      copy_whole(shared_.dout + place, dout_ + i * dout.stride_s + kChunk * chunk, dout.stride_s);
     } else {
       const auto columns = static_cast<int>(p_.forward.head_dim);
       const auto columns_v = static_cast<int>(p_.forward.head_dim_v);
@@ -49,22 +53,18 @@ class QueryStream {
   int64_t first_row;  // of the sequence and head, in the scratch memory
 
  private:
-  static __device__ __forceinline__ void copy_whole(uint32_t tile, const T* head, int64_t stride,
-                                                    int m0) {
-    constexpr int kStep = S::kThreads / Tile::kChunks;  // rows between those of a thread
-    const unsigned thread = afresh(threadIdx.x);
-    const unsigned row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
-    const uint32_t to = tile + Tile::at(row, chunk);
-    const T* from = head + static_cast<uint64_t>(m0 + row) * stride + 16 / sizeof(T) * chunk;
-#pragma unroll
-    for (int r = 0; r < S::kBlockM; r += kStep) {
-#pragma unroll
-      for (int panel = 0; panel < S::kDim / Tile::kPanel; ++panel) {
-        copy_async(to + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   from + panel * Tile::kPanel, 16);
-      }
+  static constexpr int kChunk = 16 / sizeof(T);  // columns
+
+  // The thread's part of a tile: a chunk of every panel of every kStep-th row.
+  static __device__ __forceinline__ void copy_whole(uint32_t to, const T* from, int64_t stride) {
+    constexpr int kStep = S::kThreads / Tile::kChunks;
+    unrolled<S::kBlockM / kStep>([&](auto r) {
+      unrolled<S::kDim / Tile::kPanel>([&](auto panel) {
+        copy_async<panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes, panel * Tile::kRowBytes>(
+            to, from);
+      });
       from += kStep * stride;
-    }
+    });
   }
 
   const AttentionBackward& p_;
@@ -81,13 +81,20 @@ __device__ __forceinline__ void store_rows(typename S::T* x, int64_t stride, int
   using T = typename S::T;
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | stride * sizeof(T)) % 16 == 0;
   constexpr int kSize = sizeof(T), kChunk = 16 / kSize, kChunks = S::kColumns / kChunk;
+  if (!S::kGeneral && aligned && j0 + S::kWarpKeys <= rows && columns >= S::kColumns) {
+    constexpr int kRows = 32 / kChunks;  // that the warp stores at once
+    const uint32_t from = tile + S::TileKv::at(lane / kChunks, lane % kChunks);
+    T* at = x + (j0 + lane / kChunks) * stride + kChunk * (lane % kChunks);
+#pragma unroll
+    for (int row = 0; row < S::kWarpKeys; row += kRows, at += kRows * stride) {
+      *reinterpret_cast<uint4*>(at) = shared_at<uint4>(S::TileKv::moved(from, row, 0));
+    }
+    return;
+  }
   for (int index = lane; index < S::kWarpKeys * kChunks; index += 32) {
     const int row = index / kChunks, chunk = index % kChunks;
     if (j0 + row >= rows || kChunk * chunk >= columns) continue;
-    uint4 bits;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "r"(tile + S::TileKv::at(row, chunk)));
+    const uint4 bits = shared_at<uint4>(tile + S::TileKv::at(row, chunk));
     T* at = x + (j0 + row) * stride + kChunk * chunk;
     if (aligned && kChunk * chunk + kChunk <= columns) {
       *reinterpret_cast<uint4*>(at) = bits;

@@ -2,15 +2,11 @@
 // products k q' and v do', turned so that p' and ds' are operands of dv += p' do and dk += ds' q.
 #pragma once
 
+#include <utility>
+
 #include "attention/cuda_backward_shape.cuh"
 
 namespace fl {
-
-__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
-  return pair;
-}
 
 // The same number, of which the compiler does not know that: what is computed from it is computed
 // again where it is needed, instead of being kept in registers over a whole loop.
@@ -19,6 +15,18 @@ __device__ __forceinline__ T afresh(T value) {
   if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
   if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
   return value;
+}
+
+// f(0), ..., f(kCount - 1), of numbers that can be immediates of inline assembly.
+template <int kValue>
+struct Constant {
+  __device__ __forceinline__ constexpr operator int() const { return kValue; }
+};
+template <int kCount, class F>
+__device__ __forceinline__ void unrolled(F f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) {
+    (f(Constant<kI>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
 }
 
 // Row 0 of a sequence in head h of batch b of x; `first` rows lie before it.
@@ -110,7 +118,7 @@ class GradientTile {
     const uint32_t row = row_data(first);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      const float2 minus_lse = load_shared_pair(row + 8 * n * kRowBytes);
+      const float2 minus_lse = shared_at<float2>(row + 8 * n * kRowBytes);
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -148,9 +156,9 @@ class GradientTile {
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
       const uint32_t row = row_data(first + 8 * n);
-      const float2 minus_lse = load_shared_pair(row);
-      const float2 normalizer = load_shared_pair(row + 8);
-      const float2 minus_delta = load_shared_pair(row + 16);
+      const float2 minus_lse = shared_at<float2>(row);
+      const float2 normalizer = shared_at<float2>(row + 8);
+      const float2 minus_delta = shared_at<float2>(row + 16);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int i = query_of(at, n, c), begin = sequence.begin(i), end = sequence.end(i);
@@ -237,11 +245,8 @@ class GradientTile {
   template <bool kMinusDelta>
   static __device__ __forceinline__ Accumulator start_of(uint32_t row) {
     if constexpr (!kMinusDelta) return {};
-    Accumulator start;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(start.r[0]), "=f"(start.r[1]), "=f"(start.r[2]), "=f"(start.r[3])
-                 : "r"(row + 16));
-    return start;
+    const float4 start = shared_at<float4>(row + 16);
+    return {start.x, start.y, start.z, start.w};
   }
 
   // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.
