@@ -73,14 +73,15 @@ class BackwardWarp {
     }
   }
 
-  // x times factor to the warp's rows of a tile of T.
+  // x times factor to the warp's rows of a tile of T, which has `columns`.
   __device__ __forceinline__ void stage(const Accumulator (&x)[S::kTilesM][S::kTilesD],
-                                        uint32_t tile, float factor) const {
+                                        uint32_t tile, int columns, float factor) const {
     const uint32_t place = S::TileKv::lane_accumulator(tile, lane_);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
+        if (S::kGeneral && 8 * d >= columns) break;
         Accumulator scaled = x[m][d];
 #pragma unroll
         for (int e = 0; e < 4; ++e) scaled.r[e] *= factor;

@@ -226,8 +226,9 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
   __syncthreads();  // k and v have been used by all
   if (f.deterministic && thread == 0) pass_turn(scratch.turns, turn_to_pass);
   const uint32_t warp_row = warp * S::kWarpKeys * S::TileKv::kRowBytes;
-  sums.stage(sums.dk, shared.k + warp_row, f.softmax_scale);
-  sums.stage(sums.dv, shared.v + warp_row, dropout.enabled() ? dropout.scale() : 1.0f);
+  sums.stage(sums.dk, shared.k + warp_row, head_dim - column, f.softmax_scale);
+  sums.stage(sums.dv, shared.v + warp_row, head_dim_v - column,
+             dropout.enabled() ? dropout.scale() : 1.0f);
   __syncwarp();
   const Sequence there(f, place[2]);
   store_rows<S>(head_of<T>(p.dk, place[2], place[1], there.first_k) + column, p.dk.stride_s,
