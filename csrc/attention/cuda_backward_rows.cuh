@@ -75,14 +75,19 @@ __global__ void __launch_bounds__(kRowThreads)
     const float dot =
         dot_rows(o + (inside ? row : 0) * f.o.stride_s, dout + (inside ? row : 0) * p.dout.stride_s,
                  inside ? columns : 0, aligned, thread % 8);
-    if (thread % 8 != 0) continue;
     const float lse = inside ? f.lse[statistics + i] : -INFINITY;
     const float dlse = inside && p.dlse ? p.dlse[statistics + i] : 0.0f;
-    float* data = scratch.row_place(first + r);
     // Where a row saw nothing, -inf makes all of its probabilities 0.
-    data[0] = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
-    data[2] = 1.0f;
-    data[4] = data[6] = dlse - dot;
+    const float minus_lse = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
+    const float minus_delta = dlse - dot;
+    // Of the pair's data the even row's lane stores the first half, the odd row's the second.
+    const float next_lse = __shfl_xor_sync(~0u, minus_lse, 8);
+    const float last_delta = __shfl_xor_sync(~0u, minus_delta, 8);
+    if (thread % 8 == 0) {
+      reinterpret_cast<float4*>(scratch.row_data)[first + r] =
+          r % 2 == 0 ? make_float4(minus_lse, next_lse, 1.0f, 1.0f)
+                     : make_float4(last_delta, minus_delta, last_delta, minus_delta);
+    }
   }
 }
 

@@ -28,9 +28,10 @@ def backward(head_dim, seqlen=512, heads=1, dtype=torch.bfloat16, change=None, *
     return gradients, {launch.name.split("<")[0]: launch.counts for launch in launches}
 
 
-# Of FlashAttention-2 2.8.3 per 64 x 64 scores: warp instructions of PTX and shared-memory wavefronts for one head of
-# 512 x 512, compiled by nvcc 13.0 for sm_80 and counted in the same way.
-FLASH_ATTENTION_2 = {(64, False): (2824, 1392), (64, True): (3168, 1421)}
+# Warp instructions of PTX, shared-memory wavefronts and global sectors per 64 x 64 scores that FlashAttention-2 2.8.3
+# takes for one head of 512 x 512, compiled by nvcc 13.0 for sm_80 and counted in the same way. Ours are 2647 and 2577
+# instructions; 1366 and 1209 wavefronts; 656 and 733 sectors.
+FLASH_ATTENTION_2 = {(64, False): (2824, 1392, 656), (64, True): (3168, 1421, 733)}
 
 
 @pytest.mark.parametrize("head_dim, is_causal", [(64, False), (64, True), (128, False), (128, True)])
@@ -43,13 +44,15 @@ def test_counts(head_dim, is_causal):
     counts = kernels["attention_backward_kernel"]
     tiles = 40 if is_causal else 64  # of 64 x 64 scores in blocks of 128 rows and keys
     if (head_dim, is_causal) in FLASH_ATTENTION_2:
-        instructions, wavefronts = FLASH_ATTENTION_2[head_dim, is_causal]
-        assert counts["total"] / tiles <= 1.02 * instructions
+        instructions, wavefronts, sectors = FLASH_ATTENTION_2[head_dim, is_causal]
+        assert counts["total"] / tiles <= instructions
         assert counts["shared"]["wavefronts"] / tiles <= wavefronts
+        assert counts["global"]["sectors"] / tiles <= sectors
 
 
 def test_deterministic_mode_costs_little(monkeypatch):
-    """One block after the other, so that nobody waits."""
+    """Instructions without those of waiting: a simulator with one worker runs one block after the other in the order of
+    their tickets, so that each finds its turn come when it asks for the first time (measured: 1.012 of the fast mode)."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     for is_causal in (False, True):
         fast, ordered = (
@@ -68,12 +71,12 @@ def test_hidden_tiles_are_never_visited():
 
 
 def test_no_memory_for_scores():
-    """What the kernels touch grows with the sequence, not with its square."""
+    """What the kernels around the main one touch grows with the sequence, but for the ticket's 4 bytes."""
     once, twice = (
         sum(counts["global"]["bytes"] for name, counts in backward(64, seqlen)[1].items() if "backward" not in name)
         for seqlen in (256, 512)
     )
-    assert twice == 2 * once
+    assert twice - 4 == 2 * (once - 4)
 
 
 BREAKS = {  # what is taken out or changed, what finds it (None: wrong gradients), options
