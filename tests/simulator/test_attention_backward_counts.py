@@ -52,7 +52,7 @@ def test_counts(head_dim, is_causal):
 
 def test_deterministic_mode_costs_little(monkeypatch):
     """1.012 times the instructions of the fast mode, without those of waiting: with one worker the simulator runs one
-    block after the other in the order of their tickets, and each finds its turn come when it asks for the first time."""
+    block after the other in the order of their tickets, and each finds its turn come at the first look."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     for is_causal in (False, True):
         fast, ordered = (
