@@ -60,8 +60,8 @@ class QueryStream {
     constexpr int kStep = S::kThreads / Tile::kChunks;
     unrolled<S::kBlockM / kStep>([&](auto r) {
       unrolled<S::kDim / Tile::kPanel>([&](auto panel) {
-        copy_async<panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes, panel * Tile::kRowBytes>(
-            to, from);
+        copy_async<panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes,
+                   panel * Tile::kRowBytes>(to, from);
       });
       from += kStep * stride;
     });

@@ -43,7 +43,8 @@ struct BackwardShape {
   using TileQ = SharedTile<T, kBlockM, kDim>;
   using TileKv = SharedTile<T, kBlockN, kDim>;
   static constexpr int kPanelDs = 64 / sizeof(T);  // columns, at least
-  using TileDs = SharedTile<T, kBlockN, (kBlockM > kPanelDs ? kBlockM : kPanelDs)>;  // keys x queries
+  using TileDs =
+      SharedTile<T, kBlockN, (kBlockM > kPanelDs ? kBlockM : kPanelDs)>;  // keys x queries
   static constexpr int kPanel = TileQ::kPanel;
 };
 

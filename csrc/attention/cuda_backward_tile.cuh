@@ -153,30 +153,31 @@ class GradientTile {
                                                 const ScoreRules& rules, const Dropout& dropout,
                                                 const TilePlace& at, int first, F f) {
     const float factor = dropout.enabled() ? dropout.scale() : 1.0f;
+    const bool all =
+        at.i0 + S::kStepM <= sequence.seqlen_q &&
+        VisibleKeys(sequence, at.i0, at.i0 + S::kStepM).all(at.j0, at.j0 + S::kWarpKeys);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
       const uint32_t row = row_data(first + 8 * n);
       const float2 minus_lse = shared_at<float2>(row);
       const float2 normalizer = shared_at<float2>(row + 8);
       const float2 minus_delta = shared_at<float2>(row + 16);
+      float slopes[S::kTilesM][4];
+      shape(n, p, sequence, rules, at, slopes);
+      if (!all) hide(n, sequence, at);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int i = query_of(at, n, c), begin = sequence.begin(i), end = sequence.end(i);
+      for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) {
-          const uint32_t random = dropout.enabled() ? random_of(p, dropout, at, i, m) : 0;
+        for (int c = 0; c < 2; ++c) {
+          const uint32_t random =
+              dropout.enabled() ? random_of(p, dropout, at, query_of(at, n, c), m) : 0;
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int e = 2 * r + c, j = key_of(at, m, e);
-            float x = -INFINITY, slope = 0.0f;
-            if (i < sequence.seqlen_q && j >= begin && j < end) {
-              x = rules.with_slope(s[m][n].r[e], i, j, slope);
-            }
-            const float probability = exp2_approx((x + (c ? minus_lse.y : minus_lse.x)) * kLog2e) *
-                                      (c ? normalizer.y : normalizer.x);
-            const bool kept = (random >> 16 * r & 0xffff) >= dropout.threshold;
+          for (int e = c; e < 4; e += 2) {
+            const float x = s[m][n].r[e] + (c ? minus_lse.y : minus_lse.x);
+            const float probability = exp2_approx(x * kLog2e) * (c ? normalizer.y : normalizer.x);
+            const bool kept = (random >> 16 * (e / 2) & 0xffff) >= dropout.threshold;
             f(probability, kept ? probability : 0.0f, kept ? dp[m][n].r[e] * factor : 0.0f,
-              c ? minus_delta.y : minus_delta.x, slope, m, n, e);
+              c ? minus_delta.y : minus_delta.x, slopes[m][e], m, n, e);
           }
         }
       }
@@ -239,6 +240,50 @@ class GradientTile {
         }
       }
     }
+  }
+
+  // f(score, slope, query, key) for 8 columns, number n.
+  template <class F>
+  __device__ __forceinline__ void map_columns(int n, const TilePlace& at,
+                                              float (&slopes)[S::kTilesM][4], F f) {
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        f(s[m][n].r[e], slopes[m][e], query_of(at, n, e), key_of(at, m, e));
+      }
+    }
+  }
+
+  // Their scores from k q': softcap, ALiBi and mask. slopes: of the softcap.
+  __device__ __forceinline__ void shape(int n, const AttentionForward& p, const Sequence& sequence,
+                                        const ScoreRules& rules, const TilePlace& at,
+                                        float (&slopes)[S::kTilesM][4]) {
+    map_columns(n, at, slopes, [&](float& x, float& slope, int, int) {
+      x *= p.softmax_scale;
+      slope = 1.0f;
+    });
+    if (p.softcap > 0.0f) {
+      map_columns(n, at, slopes,
+                  [&](float& x, float& slope, int, int) { x = softcapped(x, p.softcap, slope); });
+    }
+    if (p.alibi_slopes) {
+      map_columns(n, at, slopes, [&](float& x, float&, int i, int j) { x -= rules.alibi(i, j); });
+    }
+    if (p.mask.kind == MaskKind::kNone) return;
+    const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
+    rules.with_mask([&](auto mask_at) {
+      map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
+        x += mask_at(min(i, last_i), min(j, last_j));
+      });
+    });
+  }
+  __device__ __forceinline__ void hide(int n, const Sequence& sequence, const TilePlace& at) {
+    float slopes[S::kTilesM][4];
+    map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
+      const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
+      x = visible ? x : -INFINITY;
+    });
   }
 
   // What sums of columns begin with whose row data is at `row`.

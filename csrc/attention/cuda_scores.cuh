@@ -50,17 +50,20 @@ struct VisibleKeys {
   }
 };
 
+// softcap tanh(x / softcap), and its slope there.
+__device__ __forceinline__ float softcapped(float x, float softcap, float& slope) {
+  const float t = tanhf(__fdividef(x, softcap));
+  slope = fmaf(-t, t, 1.0f);
+  return softcap * t;
+}
+
 // Softcap and ALiBi: a score in natural units from q . k, and the softcap's slope there; distance
 // is i + diagonal - j.
 __device__ __forceinline__ float shaped_score(const AttentionForward& p, float dot,
                                               float alibi_slope, int distance, float& slope) {
   float x = dot * p.softmax_scale;
   slope = 1.0f;
-  if (p.softcap > 0.0f) {
-    const float t = tanhf(__fdividef(x, p.softcap));
-    slope = fmaf(-t, t, 1.0f);
-    x = p.softcap * t;
-  }
+  if (p.softcap > 0.0f) x = softcapped(x, p.softcap, slope);
   if (p.alibi_slopes) x -= alibi_slope * fabsf(static_cast<float>(distance));
   return x;
 }
@@ -76,28 +79,35 @@ class ScoreRules {
 
   __device__ __forceinline__ float operator()(float dot, int i, int j) const {
     float slope;
-    return with_slope(dot, i, j, slope);
-  }
-
-  // The same, and the slope of the softcap there.
-  __device__ __forceinline__ float with_slope(float dot, int i, int j, float& slope) const {
     float x = shaped_score(p_, dot, slope_, i + diagonal_ - j, slope);
-    if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
+    if (p_.mask.kind != MaskKind::kNone) with_mask([&](auto mask_at) { x += mask_at(i, j); });
     return x;
   }
 
- private:
-  // What the mask adds: 0 or -inf where it is bool.
-  __device__ __forceinline__ float mask_at(int i, int j) const {
-    const int64_t at = mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k;
+  // What ALiBi takes away.
+  __device__ __forceinline__ float alibi(int i, int j) const {
+    return slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
+  }
+
+  // f(g) once, g(i, j) being what the mask adds, 0 or -inf where it is bool: a loop in f asks only
+  // once what kind of mask there is.
+  template <class F>
+  __device__ __forceinline__ void with_mask(F f) const {
     if (p_.mask.kind == MaskKind::kBool) {
-      return static_cast<const uint8_t*>(p_.mask.data)[at] ? 0.0f : -INFINITY;
+      f([&](int i, int j) { return read<uint8_t>(i, j) ? 0.0f : -INFINITY; });
+    } else if (p_.mask.dtype == DType::kFloat32) {
+      f([&](int i, int j) { return read<float>(i, j); });
+    } else if (p_.mask.dtype == DType::kFloat16) {
+      f([&](int i, int j) { return __half2float(read<__half>(i, j)); });
+    } else {
+      f([&](int i, int j) { return __bfloat162float(read<__nv_bfloat16>(i, j)); });
     }
-    if (p_.mask.dtype == DType::kFloat32) return static_cast<const float*>(p_.mask.data)[at];
-    if (p_.mask.dtype == DType::kFloat16) {
-      return __half2float(static_cast<const __half*>(p_.mask.data)[at]);
-    }
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(p_.mask.data)[at]);
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ T read(int i, int j) const {
+    return static_cast<const T*>(p_.mask.data)[mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k];
   }
 
   const AttentionForward& p_;

@@ -36,7 +36,8 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kTo),
                "n"(kFrom));
 #else
-  shared_at<uint4>(to + kTo) = *reinterpret_cast<const uint4*>(static_cast<const char*>(from) + kFrom);
+  shared_at<uint4>(to + kTo) =
+      *reinterpret_cast<const uint4*>(static_cast<const char*>(from) + kFrom);
 #endif
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastlayers import ops
+from tests.attention_cases import check, qkv
 from tests.backends import BACKENDS
 from tests.simulator import SimulatorError, install, record, rewrite_ptx, uninstall
 
@@ -20,11 +21,11 @@ def gpu():
 def backward(head_dim, seqlen=512, heads=1, dtype=torch.bfloat16, change=None, **options):
     """(gradients, {kernel: counts}) of one call, whose backward runs from change(PTX)."""
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(3, 1, heads, seqlen, head_dim, generator=generator).to(dtype).requires_grad_()
-    out = ops.attention(*qkv, backend="cuda", **options)
+    inputs = torch.randn(3, 1, heads, seqlen, head_dim, generator=generator).to(dtype).requires_grad_()
+    out = ops.attention(*inputs, backend="cuda", **options)
     upstream = torch.randn(out.shape, generator=generator).to(dtype)
     with record() as launches, rewrite_ptx(change or (lambda text: text)):
-        (gradients,) = torch.autograd.grad(out, qkv, upstream)
+        (gradients,) = torch.autograd.grad(out, inputs, upstream)
     return gradients, {launch.name.split("<")[0]: launch.counts for launch in launches}
 
 
@@ -60,6 +61,15 @@ def test_deterministic_mode_costs_little(monkeypatch):
             for deterministic in (False, True)
         )
         assert ordered <= 1.25 * fast
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 256)], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_less_shared_memory(deterministic, dtype, head_dim):
+    """Where a block gets 99 KB, it takes fewer keys."""
+    install("sm_89")
+    tensors = dict(zip(("query", "key", "value"), qkv(dtype, batch=1, heads_q=2, seqlen_q=200, head_dim=head_dim)))
+    check(ops.attention, tensors, "cuda", is_causal=True, deterministic=deterministic)
 
 
 def test_hidden_tiles_are_never_visited():
