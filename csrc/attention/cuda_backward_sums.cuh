@@ -10,10 +10,9 @@ constexpr float kCoarse = 1024.0f;  // from here on neighbouring float32 numbers
 
 // normalizer = 1 / (sum_j exp(s - lse) + exp(sink - lse)): 1 but for the rounding of lse.
 // minus_delta = dlse - normalizer sum_j exp(s - lse) dp: dlse - do . o but for the rounding of o.
-// One block per (batch, query head, kBlockM rows). Only for float32, whose ds would show
-// the rounding of lse and o, where dmask is wanted, whose sums over whole rows would, and where lse
-// is coarse: where a mask of the most
-// negative numbers hides a whole row it keeps nothing of the scores.
+// One block per (batch, query head, kBlockM rows). Only for float32, whose ds would show the
+// rounding of lse and o, where dmask is wanted, whose sums over whole rows would, and where lse is
+// coarse: of a row that a mask of the most negative numbers hides it keeps nothing of the scores.
 template <class S>
 __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
                                          const BackwardScratch& scratch) {

@@ -17,11 +17,12 @@ __device__ __forceinline__ T afresh(T value) {
   return value;
 }
 
-// f(0), ..., f(kCount - 1), of numbers that can be immediates of inline assembly.
 template <int kValue>
 struct Constant {
   __device__ __forceinline__ constexpr operator int() const { return kValue; }
 };
+
+// f(0), ..., f(kCount - 1), of numbers that can be immediates of inline assembly.
 template <int kCount, class F>
 __device__ __forceinline__ void unrolled(F f) {
   [&]<int... kI>(std::integer_sequence<int, kI...>) {
@@ -274,13 +275,14 @@ class GradientTile {
     const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
     rules.with_mask([&](auto mask_at) {
       map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
-        x += mask_at(min(i, last_i), min(j, last_j));
+        x += mask_at(min(i, last_i), min(j, last_j));  // inside, where hide has yet to come
       });
     });
   }
+  // Hides those of pairs that do not see each other.
   __device__ __forceinline__ void hide(int n, const Sequence& sequence, const TilePlace& at) {
-    float slopes[S::kTilesM][4];
-    map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
+    float unused[S::kTilesM][4];
+    map_columns(n, at, unused, [&](float& x, float&, int i, int j) {
       const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
       x = visible ? x : -INFINITY;
     });
