@@ -273,10 +273,8 @@ class GradientTile {
     }
     if (p.mask.kind == MaskKind::kNone) return;
     const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
-    rules.with_mask([&](auto mask_at) {
-      map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
-        x += mask_at(min(i, last_i), min(j, last_j));  // inside, where hide has yet to come
-      });
+    map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
+      x += rules.mask_at(min(i, last_i), min(j, last_j));  // inside, where hide has yet to come
     });
   }
   // Hides those of pairs that do not see each other.

@@ -80,7 +80,7 @@ class ScoreRules {
   __device__ __forceinline__ float operator()(float dot, int i, int j) const {
     float slope;
     float x = shaped_score(p_, dot, slope_, i + diagonal_ - j, slope);
-    if (p_.mask.kind != MaskKind::kNone) with_mask([&](auto mask_at) { x += mask_at(i, j); });
+    if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
     return x;
   }
 
@@ -89,27 +89,20 @@ class ScoreRules {
     return slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
   }
 
-  // f(g) once, g(i, j) being what the mask adds, 0 or -inf where it is bool: a loop in f asks only
-  // once what kind of mask there is.
-  template <class F>
-  __device__ __forceinline__ void with_mask(F f) const {
+  // What the mask adds: 0 or -inf where it is bool.
+  __device__ __forceinline__ float mask_at(int i, int j) const {
+    const int64_t at = mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k;
     if (p_.mask.kind == MaskKind::kBool) {
-      f([&](int i, int j) { return read<uint8_t>(i, j) ? 0.0f : -INFINITY; });
-    } else if (p_.mask.dtype == DType::kFloat32) {
-      f([&](int i, int j) { return read<float>(i, j); });
-    } else if (p_.mask.dtype == DType::kFloat16) {
-      f([&](int i, int j) { return __half2float(read<__half>(i, j)); });
-    } else {
-      f([&](int i, int j) { return __bfloat162float(read<__nv_bfloat16>(i, j)); });
+      return static_cast<const uint8_t*>(p_.mask.data)[at] ? 0.0f : -INFINITY;
     }
+    if (p_.mask.dtype == DType::kFloat32) return static_cast<const float*>(p_.mask.data)[at];
+    if (p_.mask.dtype == DType::kFloat16) {
+      return __half2float(static_cast<const __half*>(p_.mask.data)[at]);
+    }
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(p_.mask.data)[at]);
   }
 
  private:
-  template <class T>
-  __device__ __forceinline__ T read(int i, int j) const {
-    return static_cast<const T*>(p_.mask.data)[mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k];
-  }
-
   const AttentionForward& p_;
   int64_t mask_;
   float slope_;
