@@ -63,7 +63,10 @@ def test_deterministic_mode_costs_little(monkeypatch):
         assert ordered <= 1.25 * fast
 
 
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 224)], ids=str)
+NARROW = [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 224)]
+
+
+@pytest.mark.parametrize("dtype, head_dim", NARROW, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_less_shared_memory(deterministic, dtype, head_dim):
     """Where a block gets 99 KB, it takes fewer keys."""
