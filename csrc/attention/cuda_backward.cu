@@ -9,10 +9,11 @@ namespace fl {
 namespace {
 
 // softcap, ALiBi, masks, dropout and scales that turn the order of scores around need the general
-// kernel, and so do head dims of which there is no other.
+// kernel; for float32 and large head dims there is no other.
 bool is_general(const AttentionForward& f) {
   return f.softcap > 0 || f.alibi_slopes || f.mask.kind != MaskKind::kNone || f.dropout.enabled() ||
-         !(f.softmax_scale > 0) || std::max(f.head_dim, f.head_dim_v) > 128;
+         !(f.softmax_scale > 0) || f.dtype == DType::kFloat32 ||
+         std::max(f.head_dim, f.head_dim_v) > 128;
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -28,16 +29,16 @@ BackwardScratch layout(const AttentionBackward& p, char* memory, int64_t* bytes)
                                                      : 64);
   scratch.rows = f.cu_seqlens_q ? round_up(f.lse_stride_h, kRowUnit) + f.batch * kRowUnit
                                 : f.batch * round_up(f.seqlen_q, kRowUnit);
-  scratch.row_array = f.heads_q * scratch.rows;
+  const int64_t rows = f.heads_q * scratch.rows;
   int64_t used = 0;
   const auto take = [&](int64_t size) {
     char* at = memory + used;
     used += round_up(size, 256);
     return at;
   };
-  scratch.dq = reinterpret_cast<float*>(take(scratch.row_array * scratch.columns * 4));
-  scratch.row_data = reinterpret_cast<float*>(take(3 * scratch.row_array * 4));
-  scratch.turns = reinterpret_cast<int*>(take(scratch.row_array / 16 * 2 * 4));
+  scratch.dq = reinterpret_cast<float*>(take(rows * scratch.columns * 4));
+  scratch.row_data = reinterpret_cast<float*>(take(rows * kRowBytes));
+  scratch.turns = reinterpret_cast<int*>(take(rows / 16 * 2 * 4));
   scratch.ticket = reinterpret_cast<int*>(take(4));
   *bytes = used;
   return scratch;
@@ -64,7 +65,14 @@ void cuda_attention_backward(const AttentionBackward& p, void* memory, void* str
   const BackwardScratch scratch = layout(p, static_cast<char*>(memory), &bytes);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (f.dtype == DType::kFloat16) return backward_float16(p, scratch, major < 8, cuda_stream);
-  FL_CHECK(f.dtype == DType::kBFloat16, "attention: the CUDA kernels take float16 and bfloat16");
+  if (f.dtype == DType::kFloat32) {
+    FL_CHECK(
+        major >= 8 || std::max(f.head_dim, f.head_dim_v) <= 128,
+        "attention: gradients in float32 with a head_dim above 128 need compute capability 8.0, "
+        "this GPU has ",
+        major);
+    return backward_float32(p, scratch, major < 8, cuda_stream);
+  }
   FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
   backward_bfloat16(p, scratch, cuda_stream);
 }

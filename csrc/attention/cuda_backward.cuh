@@ -11,6 +11,14 @@
 
 namespace fl {
 
+// To a number in global memory, kBytes behind `address`.
+template <int kBytes>
+__device__ __forceinline__ void add_global(uint64_t address, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0 + %2], %1;" ::"l"(address), "f"(value),
+               "n"(kBytes)
+               : "memory");
+}
+
 // What a block adds up, and its products. Row 16 m + 8 r + lane / 4 of the warp is a key.
 template <class S>
 class BackwardWarp {
@@ -31,9 +39,16 @@ class BackwardWarp {
   // columns, columns_v: how many of kColumns there are.
   __device__ __forceinline__ void add(const GradientTile<S>& tile, int first, int columns,
                                       int columns_v) {
-    store_ds(tile.dp, first);
-    add_product(dv, tile.s, shared_.dout, first, columns_v);
-    add_product(dk, tile.dp, shared_.q, first, columns);
+    Operands p, ds;
+    to_operands(p, tile.s);
+    to_operands(ds, tile.dp);
+    if constexpr (sizeof(T) == 2) {
+      store_ds(ds, first);
+    } else {
+      store_ds(tile.dp, first);
+    }
+    add_product(dv, p, shared_.dout, first, columns_v);
+    add_product(dk, ds, shared_.q, first, columns);
   }
 
   // dq += ds k of queries from row m0 of the sequence and `row` of the scratch memory on, to global
@@ -41,7 +56,7 @@ class BackwardWarp {
   __device__ __forceinline__ void add_dq(const BackwardScratch& scratch, const Sequence& sequence,
                                          int64_t row, int m0, int j0, int column,
                                          int head_dim) const {
-    const int warp = afresh(static_cast<int>(threadIdx.x)) / 32;
+    const int warp = afresh(threadIdx.x) / 32;
     const int first = warp / S::kWarpsD * S::kStepM, i0 = m0 + first;
     if (i0 >= sequence.seqlen_q) return;
     const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
@@ -58,14 +73,15 @@ class BackwardWarp {
     }
   }
 
-  // x times factor to the warp's rows of a tile of T.
+  // x times factor to the warp's rows of a tile of T, which has `columns`.
   __device__ __forceinline__ void stage(const Accumulator (&x)[S::kTilesM][S::kTilesD],
-                                        uint32_t tile, float factor) const {
+                                        uint32_t tile, int columns, float factor) const {
     const uint32_t place = S::TileKv::lane_accumulator(tile, lane_);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int d = 0; d < S::kTilesD; ++d) {
+        if (S::kGeneral && 8 * d >= columns) break;
         Accumulator scaled = x[m][d];
 #pragma unroll
         for (int e = 0; e < 4; ++e) scaled.r[e] *= factor;
@@ -91,11 +107,28 @@ class BackwardWarp {
     }
   }
 
+  // Accumulators, keys x queries, as operands of products over the queries.
+  using Operands = FragmentA<T>[S::kStepM / kDepth<T>][S::kTilesM];
+  static __device__ __forceinline__ void to_operands(
+      Operands& to, const Accumulator (&x)[S::kTilesM][S::kTilesN]) {
+#pragma unroll
+    for (int step = 0; step < S::kStepM / kDepth<T>; ++step) {
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m) {
+        to_fragment_a<T>(to[step][m], &x[m][step * kDepth<T> / 8]);
+      }
+    }
+  }
+
+  // This lane's place in the warp's rows of ds.
+  __device__ __forceinline__ uint32_t place_of_ds() const {
+    const unsigned thread = afresh(threadIdx.x);
+    const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
+    return S::TileDs::lane_accumulator(rows, thread % 32);
+  }
   __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
                                            int first) const {
-    const int thread = afresh(static_cast<int>(threadIdx.x));
-    const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
-    const uint32_t place = S::TileDs::lane_accumulator(rows, thread % 32);
+    const uint32_t place = place_of_ds();
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -104,12 +137,28 @@ class BackwardWarp {
       }
     }
   }
+  // 16-bit numbers: the words of the operands, which are rounded already.
+  __device__ __forceinline__ void store_ds(const Operands& ds, int first) const {
+    const uint32_t place = place_of_ds();
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int step = 0; step < S::kStepM / 16; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t to =
+              S::TileDs::moved(place, 16 * m + i % 2 * 8, first / 8 + 2 * step + i / 2);
+          shared_at<uint32_t>(to) = ds[step][m].r[i];
+        }
+      }
+    }
+  }
 
   // The same for the warp's kStepM queries from row `first` of the block on and kColumnsQ columns.
   template <class F>
   __device__ __forceinline__ void add_columns(const BackwardScratch& scratch, int64_t row,
                                               int first, int column, int columns, F stored) const {
-    const int lane = afresh(static_cast<int>(threadIdx.x)) % 32;
+    const int lane = afresh(threadIdx.x) % 32;
     const uint32_t ds_lane =
         S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, lane), 0, first * kSize / 16);
     const uint32_t k_lane =
@@ -121,18 +170,18 @@ class BackwardWarp {
     } else {
       multiply_ds(dq, ds_lane, k_lane, columns, stored);
     }
-    const int cells = (S::kGeneral ? scratch.columns : S::kDim) / 8;  // in 16 rows
-    float* to = scratch.dq + (row / 16 * cells + column / 8) * 128 + lane;
+    const int cells = S::kGeneral ? scratch.columns / 8 : S::kDim / 8;  // in 16 rows
+    const uint64_t to =
+        afresh(__cvta_generic_to_global(scratch.dq_tile(row, column, cells) + lane));
 #pragma unroll
     for (int m = 0; m < S::kStepM / 16; ++m) {
-#pragma unroll
-      for (int d = 0; d < S::kColumnsQ / 8; ++d) {
-        if (S::kGeneral && 8 * d >= columns) break;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          atomicAdd(to + (m * cells + d) * 128 + e * 32, dq[m][d].r[e]);
-        }
-      }
+      unrolled<S::kColumnsQ / 8>([&](auto d) {
+        if (S::kGeneral && 8 * d >= columns) return;
+        unrolled<4>([&](auto e) {
+          add_global<(d * 128 + e * 32) * sizeof(float)>(to + m * cells * 128 * sizeof(float),
+                                                         dq[m][d].r[e]);
+        });
+      });
     }
   }
 
@@ -162,18 +211,13 @@ class BackwardWarp {
     }
   }
 
-  // x += a b, a: keys x queries in accumulators, b: queries x columns in a shared tile.
+  // x += a b, a: keys x queries, b: queries x columns in a shared tile.
   __device__ __forceinline__ void add_product(Accumulator (&x)[S::kTilesM][S::kTilesD],
-                                              const Accumulator (&a)[S::kTilesM][S::kTilesN],
-                                              uint32_t b_tile, int first, int columns) {
+                                              const Operands& a, uint32_t b_tile, int first,
+                                              int columns) {
     const LanePlace<S, typename S::TileQ> queries(shared_, q_, b_tile, first);
 #pragma unroll
     for (int step = 0; step < S::kStepM / kDepth<T>; ++step) {
-      FragmentA<T> operand[S::kTilesM];
-#pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
-        to_fragment_a<T>(operand[m], &a[m][step * kDepth<T> / 8]);
-      }
 #pragma unroll
       for (int d = 0; d < S::kTilesD; d += 2) {
         if (S::kGeneral && 8 * d >= columns) break;
@@ -182,8 +226,8 @@ class BackwardWarp {
                                                              queries.row + kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(x[m][d], operand[m], b[0], x[m][d]);
-          mma<T>(x[m][d + 1], operand[m], b[1], x[m][d + 1]);
+          mma<T>(x[m][d], a[step][m], b[0], x[m][d]);
+          mma<T>(x[m][d + 1], a[step][m], b[1], x[m][d + 1]);
         }
       }
     }

@@ -22,9 +22,6 @@ class QueryStream {
     q_ = head_of<T>(p.forward.q, b, h, sequence.first_q);
     dout_ = head_of<T>(p.dout, b, h, sequence.first_q);
     first_row = scratch.first_row(p.forward, b, h, sequence);
-    const uint64_t odd = bytes(q_, p.forward.q) | bytes(dout_, p.dout);
-    const bool full = p.forward.head_dim == S::kDim && p.forward.head_dim_v == S::kDim;
-    whole_rows_ = odd % 16 == 0 && full && !S::kGeneral ? seqlen_ : 0;
   }
 
   __device__ __forceinline__ void next_head() {
@@ -36,49 +33,45 @@ class QueryStream {
   // Starts the copies of rows from m0 on.
   __device__ __forceinline__ void start(int m0) const {
     const TensorView4 &q = p_.forward.q, &dout = p_.dout;
-    if (m0 + S::kBlockM <= whole_rows_) {
-      copy_whole(shared_.q, q_, q.stride_s, m0);
-      copy_whole(shared_.dout, dout_, dout.stride_s, m0);
+    if (!S::kGeneral && scratch_.whole_chunks && m0 + S::kBlockM <= seqlen_) {
+      const unsigned thread = afresh(threadIdx.x);
+      const unsigned row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+      const uint32_t place = Tile::at(row, chunk);
+      const uint64_t i = m0 + row;
+      copy_whole(shared_.q + place, q_ + i * q.stride_s + kChunk * chunk, q.stride_s);
+      copy_whole(shared_.dout + place, dout_ + i * dout.stride_s + kChunk * chunk, dout.stride_s);
     } else {
       const auto columns = static_cast<int>(p_.forward.head_dim);
       const auto columns_v = static_cast<int>(p_.forward.head_dim_v);
       copy_rows<Tile, S>(shared_.q, q_, q.stride_s, m0, seqlen_, columns);
       copy_rows<Tile, S>(shared_.dout, dout_, dout.stride_s, m0, seqlen_, columns_v);
     }
-    copy_row_data<S>(scratch_.row_data + first_row + m0, scratch_.row_array, shared_.rows);
+    copy_row_data<S>(scratch_.row_place(first_row + m0), shared_.rows);
     commit_copies();
   }
 
   int64_t first_row;  // of the sequence and head, in the scratch memory
 
  private:
-  static __device__ __forceinline__ uint64_t bytes(const T* head, const TensorView4& x) {
-    return reinterpret_cast<uintptr_t>(head) | (x.stride_h | x.stride_s) * sizeof(T);
-  }
+  static constexpr int kChunk = 16 / sizeof(T);  // columns
 
-  static __device__ __forceinline__ void copy_whole(uint32_t tile, const T* head, int64_t stride,
-                                                    int m0) {
-    constexpr int kStep = S::kThreads / Tile::kChunks;  // rows between those of a thread
-    const int thread = afresh(static_cast<int>(threadIdx.x));
-    const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
-    const uint32_t to = tile + Tile::at(row, chunk);
-    const T* from = head + (m0 + row) * stride + 8 * chunk;
-#pragma unroll
-    for (int r = 0; r < S::kBlockM; r += kStep) {
-#pragma unroll
-      for (int panel = 0; panel < S::kDim / Tile::kPanel; ++panel) {
-        copy_async(to + panel * Tile::kPanelBytes + r * Tile::kRowBytes,
-                   from + panel * Tile::kPanel, 16);
-      }
+  // The thread's part of a tile: a chunk of every panel of every kStep-th row.
+  static __device__ __forceinline__ void copy_whole(uint32_t to, const T* from, int64_t stride) {
+    constexpr int kStep = S::kThreads / Tile::kChunks;
+    unrolled<S::kBlockM / kStep>([&](auto r) {
+      unrolled<S::kDim / Tile::kPanel>([&](auto panel) {
+        copy_async<panel * Tile::kPanelBytes + r * kStep * Tile::kRowBytes,
+                   panel * Tile::kRowBytes>(to, from);
+      });
       from += kStep * stride;
-    }
+    });
   }
 
   const AttentionBackward& p_;
   const BackwardScratch& scratch_;
   const BackwardShared<S>& shared_;
   const T *q_, *dout_;  // row 0 of the head
-  int seqlen_, whole_rows_;
+  int seqlen_;
 };
 
 // The warp's rows of a staged tile, j0 to j0 + kWarpKeys of x, to global memory.
@@ -87,22 +80,29 @@ __device__ __forceinline__ void store_rows(typename S::T* x, int64_t stride, int
                                            int columns, uint32_t tile, int lane) {
   using T = typename S::T;
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | stride * sizeof(T)) % 16 == 0;
-  constexpr int kChunks = S::kTilesD;
+  constexpr int kSize = sizeof(T), kChunk = 16 / kSize, kChunks = S::kColumns / kChunk;
+  if (!S::kGeneral && aligned && j0 + S::kWarpKeys <= rows && columns >= S::kColumns) {
+    constexpr int kRows = 32 / kChunks;  // that the warp stores at once
+    const uint32_t from = tile + S::TileKv::at(lane / kChunks, lane % kChunks);
+    T* at = x + (j0 + lane / kChunks) * stride + kChunk * (lane % kChunks);
+#pragma unroll
+    for (int row = 0; row < S::kWarpKeys; row += kRows, at += kRows * stride) {
+      *reinterpret_cast<uint4*>(at) = shared_at<uint4>(S::TileKv::moved(from, row, 0));
+    }
+    return;
+  }
   for (int index = lane; index < S::kWarpKeys * kChunks; index += 32) {
     const int row = index / kChunks, chunk = index % kChunks;
-    if (j0 + row >= rows || 8 * chunk >= columns) continue;
-    uint4 bits;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "r"(tile + S::TileKv::at(row, chunk)));
-    T* at = x + (j0 + row) * stride + 8 * chunk;
-    if (aligned && 8 * chunk + 8 <= columns) {
+    if (j0 + row >= rows || kChunk * chunk >= columns) continue;
+    const uint4 bits = shared_at<uint4>(tile + S::TileKv::at(row, chunk));
+    T* at = x + (j0 + row) * stride + kChunk * chunk;
+    if (aligned && kChunk * chunk + kChunk <= columns) {
       *reinterpret_cast<uint4*>(at) = bits;
     } else {
       const T* values = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (8 * chunk + e < columns) at[e] = values[e];
+      for (int e = 0; e < kChunk; ++e) {
+        if (kChunk * chunk + e < columns) at[e] = values[e];
       }
     }
   }
@@ -116,10 +116,11 @@ __device__ __forceinline__ void wait_for_turn(const int* turns, int turn) {
   } while (!__all_sync(~0u, done == turn));
 }
 
-// Lets the next key block add. By one thread, after a barrier.
-__device__ __forceinline__ void pass_turn(int* turns) {
+// Lets the next key block add where it is this one's turn (not -1). By one thread, after a barrier.
+__device__ __forceinline__ void pass_turn(int* turns, int turn) {
+  if (turn < 0) return;
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns) : "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns + turn) : "memory");
 }
 
 // Which block of the grid this one is, (key block, key head, batch): in deterministic mode in the
@@ -143,10 +144,14 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
                                                     const BackwardScratch& scratch) {
   using T = typename S::T;
   extern __shared__ __align__(128) uint8_t memory[];
-  __shared__ int place[3];  // read again at the end
+  __shared__ int place[3];               // read again at the end
+  __shared__ volatile int turn_to_pass;  // of the thread 0, or -1
   const AttentionForward& f = p.forward;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  if (thread == 0) take_place(scratch, f.deterministic, place);
+  if (thread == 0) {
+    take_place(scratch, f.deterministic, place);
+    turn_to_pass = -1;
+  }
   __syncthreads();
   constexpr int kSplits = S::kDim / S::kColumns;
   const int split = place[0] % kSplits, column = split * S::kColumns, b = place[2];
@@ -163,20 +168,18 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
 
   GradientTile<S> tile(shared, warp, lane);
   BackwardWarp<S> sums(shared, warp, lane, column);
-  const int group = static_cast<int>(f.heads_q / f.heads_k);
+  const int group = static_cast<int>(f.heads_q) / static_cast<int>(f.heads_k);
   int h = place[1] * group, heads = group;  // that are left
   QueryStream<S> stream(p, scratch, shared, sequence, b, h);
   const Dropout dropout = read_dropout(f);
   const VisibleQueries queries(sequence, j0, j0 + S::kBlockN);
   int m0 = queries.some_begin / S::kBlockM * S::kBlockM;
   if (m0 >= queries.some_end) heads = 0;
-  constexpr uint32_t kNone = ~0u;
-  uint32_t turn = kNone;  // to be passed on
   if (heads > 0) stream.start(m0);
   while (heads > 0) {
     wait_for_copies<0>();
     __syncthreads();  // q, dout and row data are here; ds has been used by all
-    if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
+    if (f.deterministic && thread == 0) pass_turn(scratch.turns, turn_to_pass);
 #pragma unroll(S::kGeneral ? 1 : S::kWarpsM)
     for (int first = 0; first < S::kBlockM; first += S::kStepM) {
       const TilePlace at{b, h, m0 + first, warp_j0};
@@ -200,7 +203,8 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
 
     const int64_t row = stream.first_row + m0;
     if (f.deterministic) {
-      turn = static_cast<uint32_t>(row / 16 * 2 + split);
+      const int turn = static_cast<int>(row / 16 * 2 + split);
+      if (thread == 0) turn_to_pass = turn;
       if (warp == 0) {
         wait_for_turn(scratch.turns + turn, j0 / S::kBlockN - sequence.begin(m0) / S::kBlockN);
       }
@@ -220,10 +224,11 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
   }
   wait_for_copies<0>();
   __syncthreads();  // k and v have been used by all
-  if (turn != kNone && thread == 0) pass_turn(scratch.turns + turn);
+  if (f.deterministic && thread == 0) pass_turn(scratch.turns, turn_to_pass);
   const uint32_t warp_row = warp * S::kWarpKeys * S::TileKv::kRowBytes;
-  sums.stage(sums.dk, shared.k + warp_row, f.softmax_scale);
-  sums.stage(sums.dv, shared.v + warp_row, dropout.enabled() ? dropout.scale() : 1.0f);
+  sums.stage(sums.dk, shared.k + warp_row, head_dim - column, f.softmax_scale);
+  sums.stage(sums.dv, shared.v + warp_row, head_dim_v - column,
+             dropout.enabled() ? dropout.scale() : 1.0f);
   __syncwarp();
   const Sequence there(f, place[2]);
   store_rows<S>(head_of<T>(p.dk, place[2], place[1], there.first_k) + column, p.dk.stride_s,
@@ -233,12 +238,12 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
 }
 
 // Grid: (key blocks times column blocks, key heads, batch).
-template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu>::kThreads)
+template <class T, int kDim, bool kGeneral, bool kWide>
+__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>::kThreads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
-  using S = BackwardShape<T, kDim, kGeneral, kOldGpu>;
-  if constexpr (kHasMma<T>) differentiate_block<S>(p, scratch);
+  using S = BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>;
+  if constexpr (kHasMma<T> && !(kOldGpu && kWide)) differentiate_block<S>(p, scratch);
 }
 
 }  // namespace fl

@@ -41,16 +41,46 @@ inline unsigned tiles(int64_t size, int64_t tile) {
   return static_cast<unsigned>((size + tile - 1) / tile);
 }
 
-template <class T, int kDim, bool kGeneral, bool kOld>
-void launch_main(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
-  using S = BackwardShape<T, kDim, kGeneral, kOld>;
-  const AttentionForward& f = p.forward;
-  const dim3 grid(tiles(f.seqlen_k, S::kBlockN) * (kDim / S::kColumns),
-                  static_cast<unsigned>(f.heads_k), static_cast<unsigned>(f.batch));
-  launch<S>(attention_backward_kernel<T, kDim, kGeneral>, grid, p, scratch, stream);
+// Whether every row of x begins at a multiple of 16 bytes.
+template <class T>
+bool is_aligned(const TensorView4& x) {
+  const int64_t strides = x.stride_b | x.stride_h | x.stride_s;
+  return (reinterpret_cast<uintptr_t>(x.data) | strides * sizeof(T)) % 16 == 0;
 }
 
-// What an additive mask needs besides.
+template <class T, int kDim, bool kGeneral, bool kOld, bool kWide = false>
+void launch_main(const AttentionBackward& p, BackwardScratch scratch, cudaStream_t stream) {
+  using S = BackwardShape<T, kDim, kGeneral, kOld, kWide>;
+  const AttentionForward& f = p.forward;
+  scratch.whole_chunks =
+      f.head_dim == kDim && f.head_dim_v == kDim && is_aligned<T>(f.q) && is_aligned<T>(p.dout);
+  const dim3 grid(tiles(f.seqlen_k, S::kBlockN) * (kDim / S::kColumns),
+                  static_cast<unsigned>(f.heads_k), static_cast<unsigned>(f.batch));
+  launch<S>(attention_backward_kernel<T, kDim, kGeneral, kWide>, grid, p, scratch, stream);
+}
+
+// Whether there are keys and, on this GPU, shared memory for blocks of 128 keys.
+template <class S>
+bool takes_wide(int64_t seqlen_k) {
+  int device = 0, most = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  constexpr int kStatic = 1024;  // more than the static shared memory and what the GPU reserves
+  return known && seqlen_k > 64 && BackwardShared<S>(0, S::kDim, S::kDim).end + kStatic <= most;
+}
+
+template <class T, bool kOld>
+void launch_128(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
+  if constexpr (!kOld) {
+    if (takes_wide<BackwardShape<T, 128, false, false, true>>(p.forward.seqlen_k)) {
+      return launch_main<T, 128, false, false, true>(p, scratch, stream);
+    }
+  }
+  launch_main<T, 128, false, kOld>(p, scratch, stream);
+}
+
+// What float32 and an additive mask need besides.
 template <class T, int kDim, bool kOld>
 void launch_sums(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
   using S = BackwardShape<T, kDim, true, kOld>;
@@ -73,24 +103,25 @@ void launch_backward(const AttentionBackward& p, const BackwardScratch& scratch,
   const auto dim = static_cast<int>(std::max(f.head_dim, f.head_dim_v));
   attention_row_data_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
   check_launch("row data");
-  if (p.dsinks) {
-    attention_sinks_gradient_kernel<kRowThreads>
-        <<<static_cast<unsigned>(f.heads_q), kRowThreads, 0, stream>>>(p, scratch);
-    check_launch("sinks");
-  }
-  const bool general = scratch.general;
   with_bool(old_gpu, [&](auto old) {
     constexpr bool kOld = decltype(old)::value;
-    if (f.mask.kind == MaskKind::kAdditive) {
+    if (f.mask.kind == MaskKind::kAdditive || sizeof(T) == 4) {
       dim > 128 ? launch_sums<T, 256, kOld>(p, scratch, stream)
                 : launch_sums<T, 128, kOld>(p, scratch, stream);
     }
     if (f.seqlen_k == 0) return;
     if (dim > 128) return launch_main<T, 256, true, kOld>(p, scratch, stream);
-    if (general) return launch_main<T, 128, true, kOld>(p, scratch, stream);
-    if (dim > 64) return launch_main<T, 128, false, kOld>(p, scratch, stream);
-    launch_main<T, 64, false, kOld>(p, scratch, stream);
+    if (scratch.general) return launch_main<T, 128, true, kOld>(p, scratch, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (dim > 64) return launch_128<T, kOld>(p, scratch, stream);
+      launch_main<T, 64, false, kOld>(p, scratch, stream);
+    }
   });
+  if (p.dsinks) {
+    attention_sinks_gradient_kernel<kRowThreads>
+        <<<static_cast<unsigned>(f.heads_q), kRowThreads, 0, stream>>>(p, scratch);
+    check_launch("sinks");
+  }
   attention_dq_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
   check_launch("dq");
 }

@@ -7,6 +7,8 @@
 
 namespace fl {
 
+void backward_float32(const AttentionBackward& p, const BackwardScratch& scratch, bool old_gpu,
+                      cudaStream_t stream);
 void backward_float16(const AttentionBackward& p, const BackwardScratch& scratch, bool old_gpu,
                       cudaStream_t stream);
 void backward_bfloat16(const AttentionBackward& p, const BackwardScratch& scratch,

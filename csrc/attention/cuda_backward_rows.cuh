@@ -11,9 +11,12 @@ constexpr int kRowThreads = 256;
 // Eight numbers of a row, zero from `count` on.
 template <class T>
 __device__ __forceinline__ void load_eight(const T* from, int count, bool aligned, float (&x)[8]) {
-  if (aligned && count >= 8 && sizeof(T) == 2) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const T* values = reinterpret_cast<const T*>(&bits);
+  if (aligned && count >= 8) {
+    alignas(16) T values[8];
+#pragma unroll
+    for (size_t i = 0; i < sizeof(values) / 16; ++i) {
+      reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = static_cast<float>(values[e]);
   } else {
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (thread == 0 && blockIdx.x == 0 && h == 0 && b == 0) *scratch.ticket = 0;
   if (i0 >= sequence.seqlen_q) return;
   const int64_t first = scratch.first_row(f, b, h, sequence) + i0;
-  auto* sums = reinterpret_cast<float4*>(scratch.dq_tile(first, 0));
+  auto* sums = reinterpret_cast<float4*>(scratch.dq_tile(first, 0, scratch.columns / 8));
   for (int index = thread; index < kRowUnit * scratch.columns / 4; index += kRowThreads) {
     sums[index] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
@@ -72,14 +75,19 @@ __global__ void __launch_bounds__(kRowThreads)
     const float dot =
         dot_rows(o + (inside ? row : 0) * f.o.stride_s, dout + (inside ? row : 0) * p.dout.stride_s,
                  inside ? columns : 0, aligned, thread % 8);
-    if (thread % 8 != 0) continue;
     const float lse = inside ? f.lse[statistics + i] : -INFINITY;
     const float dlse = inside && p.dlse ? p.dlse[statistics + i] : 0.0f;
-    float* data = scratch.row_data + first + r;
     // Where a row saw nothing, -inf makes all of its probabilities 0.
-    data[0] = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
-    data[scratch.row_array] = dlse - dot;
-    data[2 * scratch.row_array] = 1.0f;
+    const float minus_lse = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
+    const float minus_delta = dlse - dot;
+    // Of the pair's data the even row's lane stores the first half, the odd row's the second.
+    const float next_lse = __shfl_xor_sync(~0u, minus_lse, 8);
+    const float last_delta = __shfl_xor_sync(~0u, minus_delta, 8);
+    if (thread % 8 == 0) {
+      reinterpret_cast<float4*>(scratch.row_data)[first + r] =
+          r % 2 == 0 ? make_float4(minus_lse, next_lse, 1.0f, 1.0f)
+                     : make_float4(last_delta, minus_delta, last_delta, minus_delta);
+    }
   }
 }
 
@@ -103,23 +111,24 @@ __global__ void __launch_bounds__(kRowThreads)
     const int i = i0 + r, count = static_cast<int>(f.head_dim) - 8 * chunk;
     if (i >= sequence.seqlen_q) continue;
     // Lanes 4 r % 8 to 4 r % 8 + 3 held columns 2 t (first 32 numbers) and 2 t + 1 (next).
-    const float* tile = scratch.dq_tile(first + r, 8 * chunk) + r % 16 / 8 * 64 + r % 8 * 4;
+    const float* tile =
+        scratch.dq_tile(first + r, 8 * chunk, scratch.columns / 8) + r % 16 / 8 * 64 + r % 8 * 4;
     const float4 even = *reinterpret_cast<const float4*>(tile);
     const float4 odd = *reinterpret_cast<const float4*>(tile + 32);
     const float values[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
     T* to = dq + i * p.dq.stride_s + 8 * chunk;
-    if (aligned && count >= 8 && sizeof(T) == 2) {
-      uint4 bits;
-      auto* words = reinterpret_cast<uint32_t*>(&bits);
+    alignas(16) T rounded[8];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        words[e] = pack<T>(values[2 * e] * f.softmax_scale, values[2 * e + 1] * f.softmax_scale);
+    for (int e = 0; e < 8; ++e) rounded[e] = T(values[e] * f.softmax_scale);
+    if (aligned && count >= 8) {
+#pragma unroll
+      for (size_t part = 0; part < sizeof(rounded) / 16; ++part) {
+        reinterpret_cast<uint4*>(to)[part] = reinterpret_cast<const uint4*>(rounded)[part];
       }
-      *reinterpret_cast<uint4*>(to) = bits;
     } else {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        if (e < count) to[e] = T(values[e] * f.softmax_scale);
+        if (e < count) to[e] = rounded[e];
       }
     }
   }

@@ -9,7 +9,8 @@
 
 namespace fl {
 
-constexpr int kRowUnit = 64;  // rows of a sequence begin at a multiple of it in the scratch memory
+constexpr int kRowUnit = 64;   // rows of a sequence begin at a multiple of it in the scratch memory
+constexpr int kRowBytes = 16;  // of row data
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kOldGpu = true;  // 64 KB of shared memory
@@ -18,16 +19,20 @@ constexpr bool kOldGpu = false;
 #endif
 
 // One warp takes kWarpKeys keys, the rows of its tiles, and kStepM queries at a time, the columns.
-template <class T_, int kDim_, bool kGeneral_, bool kOld_>
+// kWide: 128 keys a block where 64 are the rule. Half as much of q, dout and dq moves, but 8 warps
+// and 113 KB of shared memory are taken.
+template <class T_, int kDim_, bool kGeneral_, bool kOld_, bool kWide = false>
 struct BackwardShape {
   using T = T_;
   static constexpr int kDim = kDim_;           // head_dim and head_dim_v at most
   static constexpr bool kGeneral = kGeneral_;  // ScoreRules, dropout, dims that are not kDim
   static constexpr int kColumns = kDim < 128 ? kDim : 128;  // of dq, dk and dv, per block
   static constexpr int kTilesM = kDim <= 64 && !kGeneral && !kOld_ ? 2 : 1;  // of 16 keys, per warp
-  static constexpr int kWarps = kDim > 128 && kOld_ ? 2 : 4, kThreads = 32 * kWarps;
+  static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr int kWarps = kWide ? 8 : int{kFloat} + int{kOld_} + int{kDim > 128} > 1 ? 2 : 4;
+  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = 16 * kTilesM, kBlockN = kWarps * kWarpKeys;
-  static constexpr int kBlockM = kDim > 128 ? 16 : kOld_ ? 32 : 64;
+  static constexpr int kBlockM = kDim > 128 || kFloat ? 16 : kOld_ ? 32 : 64;
   static constexpr int kStepM = kBlockM < 32 ? 16 : 32;
   static constexpr int kTilesN = kStepM / 8, kTilesD = kColumns / 8;
 
@@ -37,9 +42,10 @@ struct BackwardShape {
 
   using TileQ = SharedTile<T, kBlockM, kDim>;
   using TileKv = SharedTile<T, kBlockN, kDim>;
-  using TileDs = SharedTile<T, kBlockN, (kBlockM > 32 ? kBlockM : 32)>;  // keys x queries
+  static constexpr int kPanelDs = 64 / sizeof(T);  // columns, at least
+  using TileDs =
+      SharedTile<T, kBlockN, (kBlockM > kPanelDs ? kBlockM : kPanelDs)>;  // keys x queries
   static constexpr int kPanel = TileQ::kPanel;
-  static constexpr int kRowArrays = kGeneral ? 3 : 2;  // minus_lse, minus_delta, normalizer
 };
 
 // The block's tiles in shared memory, as 32-bit addresses; in general no wider than needed.
@@ -56,7 +62,7 @@ struct BackwardShared {
     dout = q + panels(dim) * S::TileQ::kPanelBytes;
     ds = dout + panels(dim_v) * S::TileQ::kPanelBytes;
     rows = ds + S::TileDs::kBytes;
-    end = rows + S::kRowArrays * S::kBlockM * 4;
+    end = rows + S::kBlockM * kRowBytes;
   }
   static __host__ __device__ __forceinline__ int panels(int dim) {
     return (dim + S::kPanel - 1) / S::kPanel;
@@ -85,12 +91,13 @@ struct VisibleQueries {
 // kRowUnit, and rows behind its end are there up to the next.
 struct BackwardScratch {
   float* dq;        // sums of ds k, (heads_q, rows, columns) in tiles of 16 x 8: see dq_tile
-  float* row_data;  // (kRowArrays, heads_q, rows): minus_lse, minus_delta, normalizer
+  float* row_data;  // (heads_q, rows / 2, 8): see row_place
   int* turns;       // (heads_q, rows / 16, 2): key blocks that have added to dq
   int* ticket;
-  int64_t rows, row_array;  // row_array: heads_q * rows
-  int columns;              // of dq
-  bool general;             // minus_lse is in natural units, and a normalizer is wanted
+  int64_t rows;
+  int columns;        // of dq
+  bool whole_chunks;  // rows of q and dout are kDim columns that 16-byte copies can take
+  bool general;       // minus_lse is in natural units, and a normalizer is wanted
 
   __device__ __forceinline__ int64_t first_row(const AttentionForward& p, int b, int64_t h,
                                                const Sequence& sequence) const {
@@ -98,10 +105,15 @@ struct BackwardScratch {
                                          : b * ((p.seqlen_q + kRowUnit - 1) / kRowUnit * kRowUnit);
     return h * rows + first;
   }
+  // What is known of a row: [0] is minus_lse, [2] the normalizer, [4] and [6] are minus_delta. Two
+  // rows beside each other, so that a lane reads what its two columns of accumulators begin with.
+  __device__ __forceinline__ float* row_place(int64_t row) const {
+    return row_data + row / 2 * 8 + row % 2;
+  }
   // 16 rows x 8 columns of dq as a warp's accumulators hold them: element e of lane l is number
-  // 32 e + l.
-  __device__ __forceinline__ float* dq_tile(int64_t row, int column) const {
-    return dq + (row / 16 * (columns / 8) + column / 8) * 128;
+  // 32 e + l. cells: columns / 8.
+  __device__ __forceinline__ float* dq_tile(int64_t row, int column, int cells) const {
+    return dq + (static_cast<uint64_t>(row) / 16 * cells + static_cast<unsigned>(column) / 8) * 128;
   }
 };
 

@@ -1,5 +1,5 @@
-// Passes over all scores that the attention backward needs for an additive mask: exact sums of
-// rows, and the mask's own gradient. Both run in a fixed order without atomics.
+// Passes over all scores that the attention backward needs for float32 and for an additive mask:
+// exact sums of rows, and the mask's own gradient. Both run in a fixed order without atomics.
 #pragma once
 
 #include "attention/cuda_backward_tile.cuh"
@@ -10,9 +10,9 @@ constexpr float kCoarse = 1024.0f;  // from here on neighbouring float32 numbers
 
 // normalizer = 1 / (sum_j exp(s - lse) + exp(sink - lse)): 1 but for the rounding of lse.
 // minus_delta = dlse - normalizer sum_j exp(s - lse) dp: dlse - do . o but for the rounding of o.
-// One block per (batch, query head, kBlockM rows). Only where dmask is wanted, whose sums over
-// whole rows would show the rounding of o, and where lse is coarse: where a mask of the most
-// negative numbers hides a whole row it keeps nothing of the scores.
+// One block per (batch, query head, kBlockM rows). Only for float32, whose ds would show the
+// rounding of lse and o, where dmask is wanted, whose sums over whole rows would, and where lse is
+// coarse: of a row that a mask of the most negative numbers hides it keeps nothing of the scores.
 template <class S>
 __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
                                          const BackwardScratch& scratch) {
@@ -26,18 +26,18 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
   const int i_end = min(m0 + S::kBlockM, sequence.seqlen_q), i = m0 + thread;
   const int64_t row = scratch.first_row(f, b, h, sequence) + m0;
   const bool mine = thread < S::kBlockM && i < i_end;
-  const float minus_lse = mine ? scratch.row_data[row + thread] : 0.0f;
+  const float minus_lse = mine ? *scratch.row_place(row + thread) : 0.0f;
   const bool coarse = fabsf(minus_lse) > kCoarse && minus_lse != -INFINITY;
-  if (!__syncthreads_or(coarse || p.dmask)) return;
+  if (!__syncthreads_or(coarse || p.dmask || sizeof(T) == 4)) return;
 
   const int head_dim = static_cast<int>(f.head_dim), head_dim_v = static_cast<int>(f.head_dim_v);
-  const int head_k = h / static_cast<int>(f.heads_q / f.heads_k);
+  const int head_k = h / (static_cast<int>(f.heads_q) / static_cast<int>(f.heads_k));
   const BackwardShared<S> shared(shared_address(memory), head_dim, head_dim_v);
   copy_rows<typename S::TileQ, S>(shared.q, head_of<T>(f.q, b, h, sequence.first_q), f.q.stride_s,
                                   m0, sequence.seqlen_q, head_dim);
   copy_rows<typename S::TileQ, S>(shared.dout, head_of<T>(p.dout, b, h, sequence.first_q),
                                   p.dout.stride_s, m0, sequence.seqlen_q, head_dim_v);
-  copy_row_data<S>(scratch.row_data + row, scratch.row_array, shared.rows);
+  copy_row_data<S>(scratch.row_place(row), shared.rows);
   GradientTile<S> tile(shared, warp, lane);
   const ScoreRules rules(f, b, h, sequence.diagonal);
   const Dropout dropout = read_dropout(f);
@@ -96,8 +96,9 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   const int64_t at = b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q + i;
-  scratch.row_data[scratch.row_array + row + thread] = (p.dlse ? p.dlse[at] : 0.0f) - dot * inverse;
-  scratch.row_data[2 * scratch.row_array + row + thread] = inverse;
+  float* data = scratch.row_place(row + thread);
+  data[2] = inverse;
+  data[4] = data[6] = (p.dlse ? p.dlse[at] : 0.0f) - dot * inverse;
 }
 
 // The block's sums, (queries, keys), to dmask: added up where the mask is broadcast along one.
@@ -152,7 +153,7 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
   const int b_begin = blockIdx.z, b_end = all_b ? static_cast<int>(f.batch) : b_begin + 1;
   const int h_begin = blockIdx.y, h_end = all_h ? static_cast<int>(f.heads_q) : h_begin + 1;
   const int head_dim = static_cast<int>(f.head_dim), head_dim_v = static_cast<int>(f.head_dim_v);
-  const int group = static_cast<int>(f.heads_q / f.heads_k);
+  const int group = static_cast<int>(f.heads_q) / static_cast<int>(f.heads_k);
 
   const BackwardShared<S> shared(shared_address(memory), head_dim, head_dim_v);
   GradientTile<S> tile(shared, warp, lane);
@@ -174,8 +175,8 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
                                            j0, seqlen_k, head_dim);
           copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, h / group, 0), f.v.stride_s,
                                            j0, seqlen_k, head_dim_v);
-          copy_row_data<S>(scratch.row_data + scratch.first_row(f, b, h, sequence) + m0,
-                           scratch.row_array, shared.rows);
+          copy_row_data<S>(scratch.row_place(scratch.first_row(f, b, h, sequence) + m0),
+                           shared.rows);
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();  // the tiles are here
@@ -225,11 +226,12 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0.0f;
   for (int b = 0; b < f.batch; ++b) {
     const Sequence sequence(f, b);
-    const float* data = scratch.row_data + scratch.first_row(f, b, h, sequence);
+    const int64_t first_row = scratch.first_row(f, b, h, sequence);
     for (int i = thread; i < sequence.seqlen_q; i += kThreads) {
-      const float minus_lse = data[i] * (scratch.general ? 1.0f : kLn2);
+      const float* data = scratch.row_place(first_row + i);
+      const float minus_lse = data[0] * (scratch.general ? 1.0f : kLn2);
       const float probability = exp2f((f.sinks[h] + minus_lse) * kLog2e);
-      sum = fmaf(probability * data[2 * scratch.row_array + i], data[scratch.row_array + i], sum);
+      sum = fmaf(probability * data[2], data[4], sum);
     }
   }
   parts[thread] = sum;

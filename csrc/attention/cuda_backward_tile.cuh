@@ -2,22 +2,32 @@
 // products k q' and v do', turned so that p' and ds' are operands of dv += p' do and dk += ds' q.
 #pragma once
 
+#include <utility>
+
 #include "attention/cuda_backward_shape.cuh"
 
 namespace fl {
-
-__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
-  return pair;
-}
 
 // The same number, of which the compiler does not know that: what is computed from it is computed
 // again where it is needed, instead of being kept in registers over a whole loop.
 template <class T>
 __device__ __forceinline__ T afresh(T value) {
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
   return value;
+}
+
+template <int kValue>
+struct Constant {
+  __device__ __forceinline__ constexpr operator int() const { return kValue; }
+};
+
+// f(0), ..., f(kCount - 1), of numbers that can be immediates of inline assembly.
+template <int kCount, class F>
+__device__ __forceinline__ void unrolled(F f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) {
+    (f(Constant<kI>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
 }
 
 // Row 0 of a sequence in head h of batch b of x; `first` rows lie before it.
@@ -31,28 +41,27 @@ template <class Tile, class S>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x, int64_t stride,
                                           int row, int rows, int columns) {
   using T = typename S::T;
-  const int thread = afresh(static_cast<int>(threadIdx.x));
+  const unsigned thread = afresh(threadIdx.x);
   if constexpr (S::kGeneral) {
     using Panel = SharedTile<T, Tile::kRows, Tile::kPanel>;
     for (int column = 0; column < columns; column += Tile::kPanel) {
       TileCopy<Panel, S::kThreads, T>(tile, x + column, stride, row, rows,
-                                      min(columns - column, Tile::kPanel), thread)
+                                      min(columns - column, Tile::kPanel), static_cast<int>(thread))
           .next();
       tile += Panel::kBytes;
     }
   } else {
-    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, thread).next();
+    TileCopy<Tile, S::kThreads, T>(tile, x, stride, row, rows, columns, static_cast<int>(thread))
+        .next();
   }
 }
 
-// Row data from row `from` on to shared memory; between the arrays lie `row_array` numbers.
+// Data of kBlockM rows to shared memory.
 template <class S>
-__device__ __forceinline__ void copy_row_data(const float* from, int64_t row_array, uint32_t to) {
-  constexpr int kChunks = S::kBlockM / 4;  // of 16 bytes, per array
-  const int thread = afresh(static_cast<int>(threadIdx.x));
-  if (thread < S::kRowArrays * kChunks) {
-    copy_async(to + thread * 16, from + thread / kChunks * row_array + thread % kChunks * 4, 16);
-  }
+__device__ __forceinline__ void copy_row_data(const float* from, uint32_t to) {
+  const unsigned thread = afresh(threadIdx.x);
+  static_assert(S::kBlockM <= S::kThreads);
+  if (thread < S::kBlockM) copy_async(to + thread * kRowBytes, from + thread * 4, kRowBytes);
 }
 
 __device__ __forceinline__ Dropout read_dropout(const AttentionForward& f) {
@@ -96,7 +105,7 @@ class GradientTile {
   __device__ __forceinline__ GradientTile(const BackwardShared<S>& shared, int warp, int lane)
       : shared_(shared),
         a_(S::TileKv::lane_a(shared.k + warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
-        b_(S::TileQ::lane_b(shared.k, lane)),
+        b_(afresh(S::TileQ::lane_b(shared.k, lane))),
         lane_(lane) {}
 
   // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
@@ -110,7 +119,7 @@ class GradientTile {
     const uint32_t row = row_data(first);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
-      const float2 minus_lse = load_shared_pair(row + 32 * n);
+      const float2 minus_lse = shared_at<float2>(row + 8 * n * kRowBytes);
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -125,7 +134,8 @@ class GradientTile {
 
   // Hides the scores of pairs that do not see each other.
   __device__ __forceinline__ void hide(const Sequence& sequence, const TilePlace& at) {
-    const int lane = afresh(lane_), key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
+    const int lane = afresh(threadIdx.x) % 32;
+    const int key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
     const int behind_end = key - query - sequence.end_offset;
     const int behind_begin = key - query - sequence.begin_offset;
     const int behind_last = key - sequence.seqlen_k;
@@ -144,39 +154,40 @@ class GradientTile {
                                                 const ScoreRules& rules, const Dropout& dropout,
                                                 const TilePlace& at, int first, F f) {
     const float factor = dropout.enabled() ? dropout.scale() : 1.0f;
+    const bool all =
+        at.i0 + S::kStepM <= sequence.seqlen_q &&
+        VisibleKeys(sequence, at.i0, at.i0 + S::kStepM).all(at.j0, at.j0 + S::kWarpKeys);
 #pragma unroll
     for (int n = 0; n < S::kTilesN; ++n) {
       const uint32_t row = row_data(first + 8 * n);
-      const float2 minus_lse = load_shared_pair(row);
-      const float2 minus_delta = load_shared_pair(row + S::kBlockM * 4);
-      const float2 normalizer = load_shared_pair(row + S::kBlockM * 8);
+      const float2 minus_lse = shared_at<float2>(row);
+      const float2 normalizer = shared_at<float2>(row + 8);
+      const float2 minus_delta = shared_at<float2>(row + 16);
+      float slopes[S::kTilesM][4];
+      shape(n, p, sequence, rules, at, slopes);
+      if (!all) hide(n, sequence, at);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int i = query_of(at, n, c), begin = sequence.begin(i), end = sequence.end(i);
+      for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) {
-          const uint32_t random = dropout.enabled() ? random_of(p, dropout, at, i, m) : 0;
+        for (int c = 0; c < 2; ++c) {
+          const uint32_t random =
+              dropout.enabled() ? random_of(p, dropout, at, query_of(at, n, c), m) : 0;
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int e = 2 * r + c, j = key_of(at, m, e);
-            float x = -INFINITY, slope = 0.0f;
-            if (i < sequence.seqlen_q && j >= begin && j < end) {
-              x = rules.with_slope(s[m][n].r[e], i, j, slope);
-            }
-            const float probability = exp2_approx((x + (c ? minus_lse.y : minus_lse.x)) * kLog2e) *
-                                      (c ? normalizer.y : normalizer.x);
-            const bool kept = (random >> 16 * r & 0xffff) >= dropout.threshold;
+          for (int e = c; e < 4; e += 2) {
+            const float x = s[m][n].r[e] + (c ? minus_lse.y : minus_lse.x);
+            const float probability = exp2_approx(x * kLog2e) * (c ? normalizer.y : normalizer.x);
+            const bool kept = (random >> 16 * (e / 2) & 0xffff) >= dropout.threshold;
             f(probability, kept ? probability : 0.0f, kept ? dp[m][n].r[e] * factor : 0.0f,
-              c ? minus_delta.y : minus_delta.x, slope, m, n, e);
+              c ? minus_delta.y : minus_delta.x, slopes[m][e], m, n, e);
           }
         }
       }
     }
   }
 
-  // The lane's columns of row data from row `first` of the block on.
+  // Data of the lane's two columns, from row `first` of the block on.
   __device__ __forceinline__ uint32_t row_data(int first) const {
-    return shared_.rows + first * 4 + afresh(lane_) % 4 * 8;
+    return shared_.rows + first * kRowBytes + afresh(threadIdx.x) % 4 * (2 * kRowBytes);
   }
   __device__ __forceinline__ int query_of(const TilePlace& at, int n, int e) const {
     return at.i0 + 8 * n + lane_ % 4 * 2 + e % 2;
@@ -224,7 +235,7 @@ class GradientTile {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             Accumulator& to = x[m][n + half];
-            if (begins) to = start_of<kMinusDelta>(row + 32 * (n + half));
+            if (begins) to = start_of<kMinusDelta>(row + 8 * (n + half) * kRowBytes);
             mma<T>(to, a[m], b[half], to);
           }
         }
@@ -232,14 +243,55 @@ class GradientTile {
     }
   }
 
+  // f(score, slope, query, key) for 8 columns, number n.
+  template <class F>
+  __device__ __forceinline__ void map_columns(int n, const TilePlace& at,
+                                              float (&slopes)[S::kTilesM][4], F f) {
+#pragma unroll
+    for (int m = 0; m < S::kTilesM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        f(s[m][n].r[e], slopes[m][e], query_of(at, n, e), key_of(at, m, e));
+      }
+    }
+  }
+
+  // Their scores from k q': softcap, ALiBi and mask. slopes: of the softcap.
+  __device__ __forceinline__ void shape(int n, const AttentionForward& p, const Sequence& sequence,
+                                        const ScoreRules& rules, const TilePlace& at,
+                                        float (&slopes)[S::kTilesM][4]) {
+    map_columns(n, at, slopes, [&](float& x, float& slope, int, int) {
+      x *= p.softmax_scale;
+      slope = 1.0f;
+    });
+    if (p.softcap > 0.0f) {
+      map_columns(n, at, slopes,
+                  [&](float& x, float& slope, int, int) { x = softcapped(x, p.softcap, slope); });
+    }
+    if (p.alibi_slopes) {
+      map_columns(n, at, slopes, [&](float& x, float&, int i, int j) { x -= rules.alibi(i, j); });
+    }
+    if (p.mask.kind == MaskKind::kNone) return;
+    const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
+    map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
+      x += rules.mask_at(min(i, last_i), min(j, last_j));  // inside, where hide has yet to come
+    });
+  }
+  // Hides those of pairs that do not see each other.
+  __device__ __forceinline__ void hide(int n, const Sequence& sequence, const TilePlace& at) {
+    float unused[S::kTilesM][4];
+    map_columns(n, at, unused, [&](float& x, float&, int i, int j) {
+      const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
+      x = visible ? x : -INFINITY;
+    });
+  }
+
   // What sums of columns begin with whose row data is at `row`.
   template <bool kMinusDelta>
   static __device__ __forceinline__ Accumulator start_of(uint32_t row) {
     if constexpr (!kMinusDelta) return {};
-    // Loaded twice: two registers more would be copies.
-    const float2 upper = load_shared_pair(row + S::kBlockM * 4);
-    const float2 lower = load_shared_pair(row + S::kBlockM * 4);
-    return {{upper.x, upper.y, lower.x, lower.y}};
+    const float4 start = shared_at<float4>(row + 16);
+    return {start.x, start.y, start.z, start.w};
   }
 
   // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.

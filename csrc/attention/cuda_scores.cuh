@@ -50,17 +50,20 @@ struct VisibleKeys {
   }
 };
 
+// softcap tanh(x / softcap), and its slope there.
+__device__ __forceinline__ float softcapped(float x, float softcap, float& slope) {
+  const float t = tanhf(__fdividef(x, softcap));
+  slope = fmaf(-t, t, 1.0f);
+  return softcap * t;
+}
+
 // Softcap and ALiBi: a score in natural units from q . k, and the softcap's slope there; distance
 // is i + diagonal - j.
 __device__ __forceinline__ float shaped_score(const AttentionForward& p, float dot,
                                               float alibi_slope, int distance, float& slope) {
   float x = dot * p.softmax_scale;
   slope = 1.0f;
-  if (p.softcap > 0.0f) {
-    const float t = tanhf(__fdividef(x, p.softcap));
-    slope = fmaf(-t, t, 1.0f);
-    x = p.softcap * t;
-  }
+  if (p.softcap > 0.0f) x = softcapped(x, p.softcap, slope);
   if (p.alibi_slopes) x -= alibi_slope * fabsf(static_cast<float>(distance));
   return x;
 }
@@ -76,17 +79,16 @@ class ScoreRules {
 
   __device__ __forceinline__ float operator()(float dot, int i, int j) const {
     float slope;
-    return with_slope(dot, i, j, slope);
-  }
-
-  // The same, and the slope of the softcap there.
-  __device__ __forceinline__ float with_slope(float dot, int i, int j, float& slope) const {
     float x = shaped_score(p_, dot, slope_, i + diagonal_ - j, slope);
     if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
     return x;
   }
 
- private:
+  // What ALiBi takes away.
+  __device__ __forceinline__ float alibi(int i, int j) const {
+    return slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
+  }
+
   // What the mask adds: 0 or -inf where it is bool.
   __device__ __forceinline__ float mask_at(int i, int j) const {
     const int64_t at = mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k;
@@ -100,6 +102,7 @@ class ScoreRules {
     return __bfloat162float(static_cast<const __nv_bfloat16*>(p_.mask.data)[at]);
   }
 
+ private:
   const AttentionForward& p_;
   int64_t mask_;
   float slope_;

@@ -10,6 +10,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What lies at an address in shared memory. Unlike inline assembly, the compiler makes constant
+// distances between such addresses part of the instructions.
+template <class T>
+__device__ __forceinline__ T& shared_at(uint32_t address) {
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // Of the 16 bytes `bytes` are read and the rest is zero; before sm_80, bytes is 0 or 16.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -19,6 +26,18 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int by
   if (bytes > 0) value = *static_cast<const uint4*>(from);
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y),
                "r"(value.z), "r"(value.w));
+#endif
+}
+
+// All 16 bytes, kTo and kFrom bytes behind the addresses.
+template <int kTo, int kFrom>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kTo),
+               "n"(kFrom));
+#else
+  shared_at<uint4>(to + kTo) =
+      *reinterpret_cast<const uint4*>(static_cast<const char*>(from) + kFrom);
 #endif
 }
 

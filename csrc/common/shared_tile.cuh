@@ -143,10 +143,9 @@ struct SharedTile {
     for (int i = 0; i < 2; ++i) {
       const uint32_t to = moved(lane_address, row + 8 * i, kSize / 2 * column);
       if constexpr (kSize == 2) {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack<T>(c.r[2 * i], c.r[2 * i + 1])));
+        shared_at<uint32_t>(to) = pack<T>(c.r[2 * i], c.r[2 * i + 1]);
       } else {
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(c.r[2 * i]),
-                     "f"(c.r[2 * i + 1]));
+        shared_at<float2>(to) = make_float2(c.r[2 * i], c.r[2 * i + 1]);
       }
     }
   }

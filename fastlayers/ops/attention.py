@@ -388,14 +388,21 @@ def _head_dim_reason(facts):
 def _cuda_reason(facts):
     if facts["dtype"] not in _KERNEL_DTYPES:
         return f"the CUDA kernels take float32, float16 and bfloat16, not {facts['dtype']}"
-    if facts["needs_gradient"] and facts["dtype"] == torch.float32:
-        return "the CUDA backward takes float16 and bfloat16, not torch.float32"
     reason = _head_dim_reason(facts) or backends.cuda_reason(facts)
-    if reason is None and facts["dtype"] == torch.bfloat16:
-        capability = backends.cuda_capability()
-        if capability < (8, 0):
-            return "bfloat16 needs compute capability 8.0, this GPU has {}.{}".format(*capability)
-    return reason
+    if reason is not None:
+        return reason
+    what = None
+    if facts["dtype"] == torch.bfloat16:
+        what = "bfloat16 needs"
+    elif (
+        facts["dtype"] == torch.float32
+        and facts["needs_gradient"]
+        and max(facts["head_dim"], facts["head_dim_v"]) > 128
+    ):
+        what = "gradients in float32 with a head_dim above 128 need"
+    if what is not None and backends.cuda_capability() < (8, 0):
+        return "{} compute capability 8.0, this GPU has {}.{}".format(what, *backends.cuda_capability())
+    return None
 
 
 for _op in ("attention", "varlen_attention"):

@@ -12,7 +12,7 @@ from tests.simulator import triton_driver
 from tests.simulator.launches import allocate, call, device_memory, module_of, on_host, simulate
 from tests.simulator.library import NAMESPACE, library
 
-_ARCHS = ("sm_75", "sm_80", "sm_90")
+_ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90")
 _HOST_ARGUMENTS = {"rng"}  # which the operators read on the CPU; no kernel may
 
 
@@ -139,7 +139,7 @@ def _operators():
 def install(arch="sm_80"):
     """Until uninstall(), the simulator is the GPU of backend="cuda" and of Triton, and its tensors are CPU tensors.
 
-    arch:   sm_75, sm_80 or sm_90; another call changes it
+    arch:   sm_75, sm_80, sm_89 or sm_90; another call changes it
     raises  RuntimeError where the kernels cannot be compiled
     """
     if arch not in _ARCHS:

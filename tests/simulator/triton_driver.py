@@ -11,7 +11,7 @@ from tests.simulator.error import SimulatorError
 from tests.simulator.launches import allocate, call, device_memory, simulate, tensors_in
 from tests.simulator.module import memory_of
 
-_SHARED = {75: 65536, 80: 166912, 90: 232448}  # bytes per block
+_SHARED = {75: 65536, 80: 166912, 89: 101376, 90: 232448}  # bytes per block
 
 
 class _Launcher:

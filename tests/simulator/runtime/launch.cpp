@@ -58,10 +58,12 @@ Function* find_function(const void* host_stub) {
 }
 
 const Image* image_of(const Function& function) {
+  const Image* newest = nullptr;
   for (const Image& image : *function.images) {
-    if (image.arch == device().arch) return &image;
+    if (image.arch > device().arch) continue;
+    if (newest == nullptr || image.arch > newest->arch) newest = &image;
   }
-  return nullptr;
+  return newest;
 }
 
 }  // namespace sim

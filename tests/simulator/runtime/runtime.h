@@ -23,7 +23,7 @@ struct Function {
 // The function behind a host stub, or null.
 Function* find_function(const void* host_stub);
 
-// The image of the chosen architecture, or null.
+// The image of the chosen architecture or, if there is none, the newest for older ones; or null.
 const Image* image_of(const Function& function);
 
 struct Device {
