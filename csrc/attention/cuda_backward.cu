@@ -4,6 +4,7 @@
 #include "attention/cuda_backward_launches.h"
 #include "attention/kernels.h"
 #include "common/check.h"
+#include "common/cuda_arch.h"
 
 namespace fl {
 namespace {
@@ -56,24 +57,17 @@ void cuda_attention_backward(const AttentionBackward& p, void* memory, void* str
   const AttentionForward& f = p.forward;
   FL_CHECK(f.batch <= 65535 && f.heads_q <= 65535, "attention: more than 65535 heads or batches");
   FL_CHECK(f.seqlen_q < kFar && f.seqlen_k < kFar, "attention: a sequence of 2^30 rows or more");
-  int device = 0, major = 0;
-  FL_CHECK(
-      cudaGetDevice(&device) == cudaSuccess &&
-          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess,
-      "attention: no CUDA device");
+  const int arch = compiled_arch("attention");
   int64_t bytes = 0;
   const BackwardScratch scratch = layout(p, static_cast<char*>(memory), &bytes);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (f.dtype == DType::kFloat16) return backward_float16(p, scratch, major < 8, cuda_stream);
+  if (f.dtype == DType::kFloat16) return backward_float16(p, scratch, arch < 80, cuda_stream);
   if (f.dtype == DType::kFloat32) {
-    FL_CHECK(
-        major >= 8 || std::max(f.head_dim, f.head_dim_v) <= 128,
-        "attention: gradients in float32 with a head_dim above 128 need compute capability 8.0, "
-        "this GPU has ",
-        major);
-    return backward_float32(p, scratch, major < 8, cuda_stream);
+    const bool wide = std::max(f.head_dim, f.head_dim_v) > 128;
+    if (wide) need_arch_80("attention: a gradient in float32 with a head_dim above 128", arch);
+    return backward_float32(p, scratch, arch < 80, cuda_stream);
   }
-  FL_CHECK(major >= 8, "attention: bfloat16 needs compute capability 8.0, this GPU has ", major);
+  need_arch_80("attention: bfloat16", arch);
   backward_bfloat16(p, scratch, cuda_stream);
 }
 

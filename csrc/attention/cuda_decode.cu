@@ -72,8 +72,7 @@ void cuda_attention_decode(const AttentionForward& p, float* scratch, void* stre
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (p.dtype == DType::kFloat16) return launch_decode<__half>(p, plan, arch >= 80, cuda_stream);
   if (p.dtype == DType::kFloat32) return launch_decode<float>(p, plan, arch >= 80, cuda_stream);
-  FL_CHECK(arch >= 80, "attention_decode: bfloat16 needs kernels for compute capability 8.0, this ",
-           "GPU runs those for ", arch / 10, ".", arch % 10);
+  need_arch_80("attention_decode: bfloat16", arch);
   launch_decode<__nv_bfloat16>(p, plan, true, cuda_stream);
 }
 

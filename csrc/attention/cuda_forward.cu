@@ -18,9 +18,7 @@ void cuda_attention_forward(const AttentionForward& p, void* stream) {
   const int arch = compiled_arch("attention");
   if (p.dtype == DType::kFloat32) return forward_of<float>(p, arch, cuda_stream);
   if (p.dtype == DType::kFloat16) return forward_of<__half>(p, arch, cuda_stream);
-  FL_CHECK(arch >= 80,
-           "attention: bfloat16 needs kernels for compute capability 8.0, this GPU runs ",
-           "those for ", arch / 10, ".", arch % 10);
+  need_arch_80("attention: bfloat16", arch);
   forward_of<__nv_bfloat16>(p, arch, cuda_stream);
 }
 

@@ -20,4 +20,9 @@ int compiled_arch(const char* op) {
   return attributes.ptxVersion;
 }
 
+void need_arch_80(const char* what, int arch) {
+  FL_CHECK(arch >= 80, what, " needs kernels for compute capability 8.0, this GPU runs those for ",
+           arch / 10, ".", arch % 10);
+}
+
 }  // namespace fl

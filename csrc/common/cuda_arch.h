@@ -8,4 +8,7 @@ namespace fl {
 // kernels differ. `op` begins the message where the device runs none.
 int compiled_arch(const char* op);
 
+// Throws where `what` needs kernels for 8.0 or newer and `arch` (compiled_arch) is older.
+void need_arch_80(const char* what, int arch);
+
 }  // namespace fl

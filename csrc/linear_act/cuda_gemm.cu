@@ -64,8 +64,7 @@ void cuda_linear_act_gemm(const LinearActGemm& g, float* workspace, void* stream
       launch_gemm_float16(plan);
       break;
     case DType::kBFloat16:
-      FL_CHECK(plan.arch >= 80, "linear_act: bfloat16 needs kernels for compute capability 8.0, ",
-               "this GPU runs those for ", plan.arch / 10, ".", plan.arch % 10);
+      need_arch_80("linear_act: bfloat16", plan.arch);
       launch_gemm_bfloat16(plan);
       break;
     case DType::kFloat32:

@@ -136,16 +136,17 @@ def _operators():
     return target
 
 
-def install(arch="sm_80"):
+def install(arch="sm_80", code=None):
     """Until uninstall(), the simulator is the GPU of backend="cuda" and of Triton, and its tensors are CPU tensors.
 
     arch:   sm_75, sm_80, sm_89 or sm_90; another call changes it
+    code:   such an architecture, too: the library counts as compiled for it and older ones alone
     raises  RuntimeError where the kernels cannot be compiled
     """
     if arch not in _ARCHS:
         raise ValueError(f"arch {arch!r} is not one of {', '.join(_ARCHS)}")
     _operators()
-    if library().simulator_choose(int(arch[3:])):
+    if library().simulator_choose(int(arch[3:]), int((code or arch)[3:])):
         raise RuntimeError(f"the simulator's runtime does not know {arch}")
     triton_driver.activate(int(arch[3:]))
     backends.cuda_device, backends.cuda_operators = "cpu", torch.ops.fastlayers_simulator

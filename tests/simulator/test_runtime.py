@@ -26,7 +26,7 @@ def loaded():
 
 @pytest.fixture(params=[75, 80, 90])
 def runtime(request):
-    loaded().simulator_choose(request.param)
+    loaded().simulator_choose(request.param, request.param)
     loaded().arch = request.param
     yield loaded()
     loaded().allow_shared(48 * 1024)

@@ -18,6 +18,7 @@ constexpr Device kDevices[] = {
 constexpr int kWarp = 32, kBlockThreads = 1024, kRegisters = 65536, kReserved = 1024;
 
 const Device* chosen = &kDevices[1];
+int newest_code = 80;
 Simulator connected{};
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -82,6 +83,7 @@ bool attribute_of(cudaDeviceAttr attribute, int* value) {
 }  // namespace
 
 const Device& device() { return *chosen; }
+int newest_code_arch() { return std::min(chosen->arch, newest_code); }
 const Simulator& simulator() { return connected; }
 
 cudaError_t remember(cudaError_t error) {
@@ -99,8 +101,10 @@ extern "C" {
 __attribute__((visibility("default"))) void simulator_connect(const sim::Simulator* simulator) {
   sim::connected = *simulator;
 }
-// 0, or -1 for an architecture that is not known.
-__attribute__((visibility("default"))) int simulator_choose(int arch) {
+// code: the newest architecture whose code runs, as if there were none for newer ones. 0, or -1 for
+// an architecture that is not known.
+__attribute__((visibility("default"))) int simulator_choose(int arch, int code) {
+  sim::newest_code = code;
   for (const sim::Device& d : sim::kDevices) {
     if (d.arch == arch) return sim::chosen = &d, 0;
   }

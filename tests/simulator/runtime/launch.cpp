@@ -60,7 +60,7 @@ Function* find_function(const void* host_stub) {
 const Image* image_of(const Function& function) {
   const Image* newest = nullptr;
   for (const Image& image : *function.images) {
-    if (image.arch > device().arch) continue;
+    if (image.arch > newest_code_arch()) continue;
     if (newest == nullptr || image.arch > newest->arch) newest = &image;
   }
   return newest;

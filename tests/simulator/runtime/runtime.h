@@ -23,7 +23,7 @@ struct Function {
 // The function behind a host stub, or null.
 Function* find_function(const void* host_stub);
 
-// The image of the chosen architecture or, if there is none, the newest for older ones; or null.
+// The image for newest_code_arch() or, if there is none, the newest for older ones; or null.
 const Image* image_of(const Function& function);
 
 struct Device {
@@ -33,6 +33,8 @@ struct Device {
 };
 
 const Device& device();
+// Whose code runs there, where the library has it: the device's own, or an older one.
+int newest_code_arch();
 
 // The error becomes the last one, if it is one.
 cudaError_t remember(cudaError_t error);
