@@ -40,5 +40,5 @@ def test_what_it_lacks():
     with pytest.raises(RuntimeError, match="linear_act: bfloat16 needs kernels"):
         ops.linear_act(query[0, 0], key[0, 0], backend="cuda")
     query, key, value = (x.requires_grad_() for x in qkv(torch.float32, head_dim=136))
-    with pytest.raises(RuntimeError, match="head_dim above 128 needs kernels for compute capability 8.0"):
+    with pytest.raises(RuntimeError, match="head_dim above 128 needs kernels"):
         ops.attention(query, key, value, backend="cuda").sum().backward()
