@@ -13,8 +13,8 @@ import shutil
 import torch
 
 BACKENDS = {
-    "attention": ["cpu"],
-    "varlen_attention": ["cpu"],
+    "attention": ["cpu", "cuda"],
+    "varlen_attention": ["cpu", "cuda"],
     "decode_attention": ["cpu", "cuda"],
     "linear_act": ["cpu", "cuda"],
     "gated_linear_act": ["cpu", "cuda"],

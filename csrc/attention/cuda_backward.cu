@@ -1,5 +1,6 @@
 // Attention backward on CUDA: its scratch memory, and the choice of kernels.
 #include <algorithm>
+#include <cmath>
 
 #include "attention/cuda_backward_launches.h"
 #include "attention/kernels.h"
@@ -10,10 +11,12 @@ namespace fl {
 namespace {
 
 // softcap, ALiBi, masks, dropout and scales that turn the order of scores around need the general
-// kernel; for float32 and large head dims there is no other.
+// kernel, and so do scales with which scores of standard normal rows come near kCoarse; for float32
+// and large head dims there is no other.
 bool is_general(const AttentionForward& f) {
+  const float deviation = f.softmax_scale * std::sqrt(static_cast<float>(f.head_dim));
   return f.softcap > 0 || f.alibi_slopes || f.mask.kind != MaskKind::kNone || f.dropout.enabled() ||
-         !(f.softmax_scale > 0) || f.dtype == DType::kFloat32 ||
+         !(f.softmax_scale > 0) || deviation > 128.0f || f.dtype == DType::kFloat32 ||
          std::max(f.head_dim, f.head_dim_v) > 128;
 }
 

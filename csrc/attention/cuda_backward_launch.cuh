@@ -16,15 +16,23 @@ inline void check_launch(const char* what) {
   FL_CHECK(error == cudaSuccess, "attention_backward, ", what, ": ", cudaGetErrorString(error));
 }
 
-inline dim3 row_grid(const AttentionForward& f) {
-  return {static_cast<unsigned>((f.seqlen_q + kRowUnit - 1) / kRowUnit),
-          static_cast<unsigned>(f.heads_q), static_cast<unsigned>(f.batch)};
+inline unsigned tiles(int64_t size, int64_t tile) {
+  return static_cast<unsigned>((size + tile - 1) / tile);
 }
+
+// At least one block, where there are heads and sequences: it prepares the main kernel's ticket.
+inline dim3 row_grid(const AttentionForward& f) {
+  return {std::max(tiles(f.seqlen_q, kRowUnit), 1u), static_cast<unsigned>(f.heads_q),
+          static_cast<unsigned>(f.batch)};
+}
+
+inline bool is_empty(const dim3& grid) { return grid.x == 0 || grid.y == 0 || grid.z == 0; }
 
 // Launches a kernel of shape S, with shared memory for its tiles.
 template <class S, class Kernel>
 void launch(Kernel* kernel, dim3 grid, const AttentionBackward& p, const BackwardScratch& scratch,
             cudaStream_t stream) {
+  if (is_empty(grid)) return;
   const auto head_dim = static_cast<int>(p.forward.head_dim);
   const auto head_dim_v = static_cast<int>(p.forward.head_dim_v);
   const auto bytes = static_cast<int>(BackwardShared<S>(0, head_dim, head_dim_v).end);
@@ -35,10 +43,6 @@ void launch(Kernel* kernel, dim3 grid, const AttentionBackward& p, const Backwar
   }
   kernel<<<grid, S::kThreads, bytes, stream>>>(p, scratch);
   check_launch("tiles");
-}
-
-inline unsigned tiles(int64_t size, int64_t tile) {
-  return static_cast<unsigned>((size + tile - 1) / tile);
 }
 
 // Whether every row of x begins at a multiple of 16 bytes.
@@ -80,7 +84,7 @@ void launch_128(const AttentionBackward& p, const BackwardScratch& scratch, cuda
   launch_main<T, 128, false, kOld>(p, scratch, stream);
 }
 
-// What float32 and an additive mask need besides.
+// What the general kernel needs besides.
 template <class T, int kDim, bool kOld>
 void launch_sums(const AttentionBackward& p, const BackwardScratch& scratch, cudaStream_t stream) {
   using S = BackwardShape<T, kDim, true, kOld>;
@@ -101,11 +105,12 @@ void launch_backward(const AttentionBackward& p, const BackwardScratch& scratch,
                      cudaStream_t stream) {
   const AttentionForward& f = p.forward;
   const auto dim = static_cast<int>(std::max(f.head_dim, f.head_dim_v));
-  attention_row_data_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
+  const dim3 rows = row_grid(f);
+  if (!is_empty(rows)) attention_row_data_kernel<T><<<rows, kRowThreads, 0, stream>>>(p, scratch);
   check_launch("row data");
   with_bool(old_gpu, [&](auto old) {
     constexpr bool kOld = decltype(old)::value;
-    if (f.mask.kind == MaskKind::kAdditive || sizeof(T) == 4) {
+    if (scratch.general) {
       dim > 128 ? launch_sums<T, 256, kOld>(p, scratch, stream)
                 : launch_sums<T, 128, kOld>(p, scratch, stream);
     }
@@ -122,7 +127,7 @@ void launch_backward(const AttentionBackward& p, const BackwardScratch& scratch,
         <<<static_cast<unsigned>(f.heads_q), kRowThreads, 0, stream>>>(p, scratch);
     check_launch("sinks");
   }
-  attention_dq_kernel<T><<<row_grid(f), kRowThreads, 0, stream>>>(p, scratch);
+  if (!is_empty(rows)) attention_dq_kernel<T><<<rows, kRowThreads, 0, stream>>>(p, scratch);
   check_launch("dq");
 }
 

@@ -1,5 +1,5 @@
-// Passes over all scores that the attention backward needs for float32 and for an additive mask:
-// exact sums of rows, and the mask's own gradient. Both run in a fixed order without atomics.
+// Passes over all scores that the attention backward needs in general: exact sums of rows, and the
+// mask's own gradient. Both run in a fixed order without atomics.
 #pragma once
 
 #include "attention/cuda_backward_tile.cuh"
@@ -227,10 +227,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int b = 0; b < f.batch; ++b) {
     const Sequence sequence(f, b);
     const int64_t first_row = scratch.first_row(f, b, h, sequence);
+    const float* lse_of = f.lse + b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q;
     for (int i = thread; i < sequence.seqlen_q; i += kThreads) {
       const float* data = scratch.row_place(first_row + i);
-      const float minus_lse = data[0] * (scratch.general ? 1.0f : kLn2);
-      const float probability = exp2f((f.sinks[h] + minus_lse) * kLog2e);
+      const float lse = lse_of[i];
+      const float probability = lse == -INFINITY ? 0.0f : exp2f((f.sinks[h] - lse) * kLog2e);
       sum = fmaf(probability * data[2], data[4], sum);
     }
   }

@@ -97,6 +97,16 @@ struct LanePlace {
   }
 };
 
+// exp(x) for an x below 1 or NaN. x log2(e) is rounded, and its power loses as much as the product:
+// too much for float32, so that there its whole and broken parts go separate ways.
+template <class T>
+__device__ __forceinline__ float exp_of(float x) {
+  if constexpr (sizeof(T) == 2) return exp2_approx(x * kLog2e);
+  x = x < -128.0f ? -128.0f : x;  // exp gives 0
+  const float whole = rintf(x * kLog2e);
+  return exp2_approx(whole) * exp2_approx(fmaf(x, kLog2e, -whole));
+}
+
 template <class S>
 class GradientTile {
   using T = typename S::T;
@@ -175,7 +185,7 @@ class GradientTile {
 #pragma unroll
           for (int e = c; e < 4; e += 2) {
             const float x = s[m][n].r[e] + (c ? minus_lse.y : minus_lse.x);
-            const float probability = exp2_approx(x * kLog2e) * (c ? normalizer.y : normalizer.x);
+            const float probability = exp_of<T>(x) * (c ? normalizer.y : normalizer.x);
             const bool kept = (random >> 16 * (e / 2) & 0xffff) >= dropout.threshold;
             f(probability, kept ? probability : 0.0f, kept ? dp[m][n].r[e] * factor : 0.0f,
               c ? minus_delta.y : minus_delta.x, slopes[m][e], m, n, e);

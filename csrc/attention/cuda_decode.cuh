@@ -28,7 +28,8 @@ template <class T_, int kDim_>
 struct DecodeShape {
   using T = T_;
   static constexpr int kDim = kDim_, kBlockN = 16, kTilesM = 1;
-  static constexpr bool kGeneral = true, kNatural = false, kKeepsQ = kDim <= 128 && sizeof(T) == 2;
+  static constexpr bool kGeneral = true, kNatural = false, kExact = kDim <= 32,
+                        kKeepsQ = kDim <= 128 && sizeof(T) == 2;
   static constexpr int kWarpRows = 16, kTilesN = 2, kTilesD = kDim / 8, kSteps = kDim / kDepth<T>;
 
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));

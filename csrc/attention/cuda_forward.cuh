@@ -23,6 +23,7 @@ struct ForwardShape {
   static constexpr bool kGeneral = kGeneral_;             // ScoreRules or dropout
   static constexpr bool kNatural = kGeneral;  // shifts are in natural units, not in powers of 2
   static constexpr bool kKeepsQ = kDim <= 64 && sizeof(T) == 2;  // its fragments stay in registers
+  static constexpr bool kExact = kDim <= 32;  // sums as short as that show what float32 leaves out
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kTilesM, kBlockM = kWarps * kWarpRows;
   static constexpr int kTilesN = kBlockN / 8, kTilesD = kDim / 8, kSteps = kDim / kDepth<T>;
@@ -78,8 +79,8 @@ class ForwardWarp {
         S::TileKv::load_b(b, k_, step, 8 * n);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(scores_[m][n], q[m], b[0], step ? scores_[m][n] : zero);
-          mma<T>(scores_[m][n + 1], q[m], b[1], step ? scores_[m][n + 1] : zero);
+          mma<T, S::kExact>(scores_[m][n], q[m], b[0], step ? scores_[m][n] : zero);
+          mma<T, S::kExact>(scores_[m][n + 1], q[m], b[1], step ? scores_[m][n + 1] : zero);
         }
       }
     }
@@ -199,8 +200,8 @@ class ForwardWarp {
         S::TileKv::template load_b_transposed<Order::kPaired>(b, v_, d / 2, kDepth<T> * step);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T>(output_[m][d], p[m], b[0], output_[m][d]);
-          mma<T>(output_[m][d + 1], p[m], b[1], output_[m][d + 1]);
+          mma<T, S::kExact>(output_[m][d], p[m], b[0], output_[m][d]);
+          mma<T, S::kExact>(output_[m][d + 1], p[m], b[1], output_[m][d + 1]);
         }
       }
     }

@@ -281,8 +281,10 @@ template <class S>
 constexpr bool kFitsHere = S::kGeneral || S::kDim > 128 || S::kTilesM == 2;
 #endif
 
+// For float the compiler would spill to have more blocks per multiprocessor than one; 0 leaves it
+// alone.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, sizeof(typename S::T) == 4 ? 1 : 0)
     attention_forward_kernel(const __grid_constant__ AttentionForward p) {
   if constexpr (kFitsHere<S>) forward_block<S>(p);
 }

@@ -120,8 +120,8 @@ __device__ __forceinline__ void mma_words(Accumulator& d, const uint32_t (&a)[4]
 #undef FL_MMA_FULL
 #undef FL_MMA
 
-// d = a b + c
-template <class T>
+// d = a b + c. float32 leaves out small * small, 2^-22 of a product and less of a sum, unless kAll.
+template <class T, bool kAll = false>
 __device__ __forceinline__ void mma(Accumulator& d, const FragmentA<T>& a, const FragmentB<T>& b,
                                     const Accumulator& c) {
   if constexpr (sizeof(T) == 2) {
@@ -139,8 +139,9 @@ __device__ __forceinline__ void mma(Accumulator& d, const FragmentA<T>& a, const
 #else
     if constexpr (std::is_same_v<T, Tf32>) {
       mma_words<Tf32>(d, a.r, b.r, c);
-    } else {  // small * small is below float32's accuracy
-      mma_words<Tf32>(d, a.small, b.big, c);
+    } else {
+      if constexpr (kAll) mma_words<Tf32>(d, a.small, b.small, c);
+      mma_words<Tf32>(d, a.small, b.big, kAll ? d : c);
       mma_words<Tf32>(d, a.big, b.small, d);
       mma_words<Tf32>(d, a.big, b.big, d);
     }
