@@ -8,34 +8,34 @@ namespace fl {
 
 constexpr int kRowThreads = 256;
 
-// Eight numbers of a row, zero from `count` on.
-template <class T>
-__device__ __forceinline__ void load_eight(const T* from, int count, bool aligned, float (&x)[8]) {
-  if (aligned && count >= 8) {
-    alignas(16) T values[8];
+// 16 bytes of a row, zero from number `count` on.
+template <class T, int kCount>
+__device__ __forceinline__ void load_chunk(const T* from, int count, bool aligned,
+                                           float (&x)[kCount]) {
+  static_assert(kCount * sizeof(T) == 16);
+  if (aligned && count >= kCount) {
+    alignas(16) T values[kCount];
+    *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(from);
 #pragma unroll
-    for (size_t i = 0; i < sizeof(values) / 16; ++i) {
-      reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = static_cast<float>(values[e]);
+    for (int e = 0; e < kCount; ++e) x[e] = static_cast<float>(values[e]);
   } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = e < count ? static_cast<float>(from[e]) : 0.0f;
+    for (int e = 0; e < kCount; ++e) x[e] = e < count ? static_cast<float>(from[e]) : 0.0f;
   }
 }
 
-// Eight lanes' part of a . b, summed up: each lane takes every eighth chunk of eight columns.
+// Eight lanes' part of a . b, summed up: each lane takes every eighth chunk of 16 bytes.
 template <class T>
 __device__ __forceinline__ float dot_rows(const T* a, const T* b, int columns, bool aligned,
                                           int lane) {
   float sum = 0.0f;
-  for (int chunk = lane; 8 * chunk < columns; chunk += 8) {
-    float x[8], y[8];
-    load_eight(a + 8 * chunk, columns - 8 * chunk, aligned, x);
-    load_eight(b + 8 * chunk, columns - 8 * chunk, aligned, y);
+  constexpr int kChunk = 16 / sizeof(T);
+  for (int chunk = lane; kChunk * chunk < columns; chunk += 8) {
+    float x[kChunk], y[kChunk];
+    load_chunk(a + kChunk * chunk, columns - kChunk * chunk, aligned, x);
+    load_chunk(b + kChunk * chunk, columns - kChunk * chunk, aligned, y);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum = fmaf(x[e], y[e], sum);
+    for (int e = 0; e < kChunk; ++e) sum = fmaf(x[e], y[e], sum);
   }
 #pragma unroll
   for (int offset = 1; offset < 8; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);

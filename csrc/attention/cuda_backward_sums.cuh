@@ -107,6 +107,8 @@ __device__ __forceinline__ void store_mask_gradient(
     const AttentionBackward& p, float* cells,
     const Accumulator (&sums)[S::kBlockM / S::kStepM][S::kTilesN], int m0, int j0) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  constexpr int kStride = S::kBlockN + 4;  // the lanes' cells lie in 32 different banks
+  static_assert(kStride * S::kBlockM * 4 <= 2 * (S::TileQ::kPanelBytes + S::TileKv::kPanelBytes));
 #pragma unroll
   for (int step = 0; step < S::kBlockM / S::kStepM; ++step) {
 #pragma unroll
@@ -115,7 +117,7 @@ __device__ __forceinline__ void store_mask_gradient(
       for (int e = 0; e < 4; ++e) {
         const int i = step * S::kStepM + 8 * n + lane % 4 * 2 + e % 2;
         const int j = warp * S::kWarpKeys + e / 2 * 8 + lane / 4;
-        cells[i * S::kBlockN + j] = sums[step][n].r[e];
+        cells[i * kStride + j] = sums[step][n].r[e];
       }
     }
   }
@@ -128,7 +130,7 @@ __device__ __forceinline__ void store_mask_gradient(
     if (m0 + i >= p.forward.seqlen_q || j0 + j >= p.forward.seqlen_k) continue;
     float sum = 0.0f;
     for (int q = i; q < (all_q ? S::kBlockM : i + 1); ++q) {
-      for (int k = j; k < (all_k ? S::kBlockN : j + 1); ++k) sum += cells[q * S::kBlockN + k];
+      for (int k = j; k < (all_k ? S::kBlockN : j + 1); ++k) sum += cells[q * kStride + k];
     }
     to[(m0 + i) * p.dmask_stride_q + (j0 + j) * p.dmask_stride_k] = sum;
   }

@@ -12,8 +12,7 @@
 namespace fl {
 namespace {
 
-// (part, 2, strips * Strip::kColumns): the columns of a strip by their place in a chunk, then by
-// lane.
+// (part, 2, strips * Strip::kColumns)
 template <class T>
 __device__ __forceinline__ float* sums_of(float* partial, int64_t part, int which, int64_t strips,
                                           int64_t strip) {
@@ -24,16 +23,19 @@ __device__ __forceinline__ float* sums_of(float* partial, int64_t part, int whic
 template <class T>
 __device__ __forceinline__ void store_sums(const Chunk<Strip<T>::kChunk>& sums, int lane, int warp,
                                            float* to) {
-  constexpr int kColumns = Strip<T>::kColumns;
-  __shared__ float of_warps[kPassWarps][kColumns];
+  constexpr int kColumns = Strip<T>::kColumns, kChunk = Strip<T>::kChunk;
+  // First by a column's place in its chunk, so far apart that both sides find 32 different banks.
+  constexpr int kStride = 32 + 32 / kChunk;
+  __shared__ float of_warps[kPassWarps][kChunk * kStride];
 #pragma unroll
-  for (int i = 0; i < Strip<T>::kChunk; ++i) of_warps[warp][32 * i + lane] = sums.v[i];
+  for (int i = 0; i < kChunk; ++i) of_warps[warp][i * kStride + lane] = sums.v[i];
   __syncthreads();
   const int own = static_cast<int>(threadIdx.x);
   if (own < kColumns) {
+    const int place = own % kChunk * kStride + own / kChunk;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kPassWarps; ++w) sum += of_warps[w][own];
+    for (int w = 0; w < kPassWarps; ++w) sum += of_warps[w][place];
     to[own] = sum;
   }
   __syncthreads();  // before the next sums
@@ -85,8 +87,7 @@ __global__ void __launch_bounds__(Strip<T>::kColumns)
     bias_gradient_kernel(const __grid_constant__ ActivationBackward p, float* partial,
                          int64_t parts) {
   const int own = static_cast<int>(threadIdx.x);
-  const int64_t column =
-      blockIdx.x * int64_t{Strip<T>::kColumns} + own % 32 * Strip<T>::kChunk + own / 32;
+  const int64_t column = blockIdx.x * int64_t{Strip<T>::kColumns} + own;
   if (column >= p.cols) return;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {

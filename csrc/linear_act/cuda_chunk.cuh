@@ -21,6 +21,18 @@ struct Bits<16> {
   using type = uint4;
 };
 
+// In one access, which the compiler cannot take apart to share its elements with a tail's.
+__device__ __forceinline__ void store_whole(void* to, const uint4& bits) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_whole(void* to, const uint2& bits) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
+               "r"(bits.y)
+               : "memory");
+}
+
 __device__ __forceinline__ void assign(float& to, float from) { to = from; }
 __device__ __forceinline__ void assign(__half& to, float from) { to = __float2half_rn(from); }
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float from) {
@@ -61,7 +73,7 @@ struct Chunk {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) assign(values[i], v[i]);
     if (count >= kCount && reinterpret_cast<uintptr_t>(to) % sizeof(Whole) == 0) {
-      *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(values);
+      store_whole(to, *reinterpret_cast<const Whole*>(values));
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
