@@ -16,8 +16,8 @@ BACKENDS = {
     "attention": ["cpu"],
     "varlen_attention": ["cpu"],
     "decode_attention": ["cpu", "cuda"],
-    "linear_act": ["cpu", "cuda"],
-    "gated_linear_act": ["cpu", "cuda"],
+    "linear_act": ["cpu", "cuda", "triton"],
+    "gated_linear_act": ["cpu", "cuda", "triton"],
     "adam": ["cpu", "cuda", "triton"],
 }
 

@@ -1,0 +1,91 @@
+"""Products of matrices, tile by tile: the part of a kernel between its tile's number and its epilogue."""
+
+import triton
+import triton.language as tl
+
+from fastlayers.triton.arithmetic import dot
+
+
+@triton.jit
+def tile_at(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(rows, columns) of a tile of an (m, n) matrix, int64. GROUP rows of tiles are walked column by column, so that
+    the programs that run together read few different rows and columns, which stay in the L2 cache."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    rows = ((first + within % height) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+    columns = (within // height * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    return rows, columns
+
+
+@triton.jit
+def multiply(
+    total,
+    a,
+    b,
+    rows,
+    columns,
+    m,
+    n,
+    first,
+    last,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + a[rows, first:last] @ b[first:last, columns]; a has m rows, b has n columns."""
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    left = a + rows[:, None] * stride_am + (first + inner[None, :]) * stride_ak
+    right = b + (first + inner[:, None]) * stride_bk + columns[None, :] * stride_bn
+    for start in range(first, last, BLOCK_K):
+        within = inner < last - start
+        x = tl.load(left, mask=(rows[:, None] < m) & within[None, :], other=0.0)
+        y = tl.load(right, mask=within[:, None] & (columns[None, :] < n), other=0.0)
+        total = dot(x, y, total, PRECISION)
+        left += step * stride_ak
+        right += step * stride_bk
+    return total
+
+
+@triton.jit
+def multiply_both(
+    total,
+    total_up,
+    a,
+    b,
+    b_up,
+    rows,
+    columns,
+    m,
+    n,
+    k,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(total + a[rows] @ b[:, columns], total_up + a[rows] @ b_up[:, columns]), with one read of a."""
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    left = a + rows[:, None] * stride_am + inner[None, :] * stride_ak
+    right = b + inner[:, None] * stride_bk + columns[None, :] * stride_bn
+    right_up = b_up + inner[:, None] * stride_uk + columns[None, :] * stride_un
+    for start in range(0, k, BLOCK_K):
+        within = inner < k - start
+        mask = within[:, None] & (columns[None, :] < n)
+        x = tl.load(left, mask=(rows[:, None] < m) & within[None, :], other=0.0)
+        total = dot(x, tl.load(right, mask=mask, other=0.0), total, PRECISION)
+        total_up = dot(x, tl.load(right_up, mask=mask, other=0.0), total_up, PRECISION)
+        left += step * stride_ak
+        right += step * stride_bk
+        right_up += step * stride_uk
+    return total, total_up
