@@ -1,7 +1,5 @@
 """linear_act and gated_linear_act in Triton: bias and activation in the epilogue of the product."""
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
@@ -247,7 +245,7 @@ def _gradient_kernel(
 
 def _precision(dtype, allow_tf32):
     """How float32 is multiplied: as accurately as float32 arithmetic, by tensor cores where they have TF32."""
-    if dtype != torch.float32 or knobs.runtime.interpret or tiles.arch() < 80:
+    if dtype != torch.float32 or knobs.runtime.interpret or tiles.current_gpu().arch < 80:
         return "ieee"
     return "tf32" if allow_tf32 else "tf32x3"
 
@@ -391,7 +389,7 @@ def _require(condition, message):
 
 @operator("fastlayers_triton::linear_act_forward", mutates_args=())
 def linear_act_forward(
-    input: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str, save_preactivation: bool, allow_tf32: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_preactivation: bool, allow_tf32: bool
 ) -> tuple[Tensor, Tensor]:
     """The native operator of this name: its arguments, its results."""
     shape = (*input.shape[:-1], weight.shape[0])
@@ -405,10 +403,10 @@ def linear_act_forward(
 @operator("fastlayers_triton::linear_act_backward", mutates_args=())
 def linear_act_backward(
     grad: Tensor,
-    input: Optional[Tensor],
-    weight: Optional[Tensor],
-    bias: Optional[Tensor],
-    preactivation: Optional[Tensor],
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    preactivation: Tensor | None,
     activation: str,
     needs_input: bool,
     needs_weight: bool,
@@ -440,8 +438,8 @@ def gated_linear_act_forward(
     input: Tensor,
     weight_gate: Tensor,
     weight_up: Tensor,
-    bias_gate: Optional[Tensor],
-    bias_up: Optional[Tensor],
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
     activation: str,
     save_preactivation: bool,
     allow_tf32: bool,
@@ -458,13 +456,13 @@ def gated_linear_act_forward(
 @operator("fastlayers_triton::gated_linear_act_backward", mutates_args=())
 def gated_linear_act_backward(
     grad: Tensor,
-    input: Optional[Tensor],
-    weight_gate: Optional[Tensor],
-    weight_up: Optional[Tensor],
-    bias_gate: Optional[Tensor],
-    bias_up: Optional[Tensor],
-    gate: Optional[Tensor],
-    up: Optional[Tensor],
+    input: Tensor | None,
+    weight_gate: Tensor | None,
+    weight_up: Tensor | None,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
     activation: str,
     needs_input: bool,
     needs_weight_gate: bool,

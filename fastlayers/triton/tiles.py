@@ -1,8 +1,8 @@
 """How large a tile of a product each program computes: a small table per architecture, and a choice from it.
 
-Where FASTLAYERS_TRITON_AUTOTUNE is not 0, the first call of a kind on a GPU measures the candidates and keeps the answer
-on disk, by device, Triton version and key. Otherwise, and while torch.compile traces, the choice goes by the number of
-programs alone.
+Where FASTLAYERS_TRITON_AUTOTUNE is not 0, the first call of a kind on a GPU measures the candidates and keeps the
+answer on disk, by device, Triton version and key. Otherwise, and while torch.compile traces, the choice goes by the
+number of programs alone.
 """
 
 import functools
@@ -40,33 +40,26 @@ class Tile:
         return replace(self, columns=self.columns // 2)
 
 
-# Per architecture and itemsize of the operands, the largest tile first. Float32 is multiplied as three TF32 products
-# (sm_75: by plain arithmetic), which takes registers. Chosen for what tests/test_linear_act_triton.py checks: shared
-# memory, no spills, wgmma from 64 rows on on sm_90, tcgen05 on sm_100; not measured on a GPU.
+# Per architecture and itemsize of the operands, the largest tile first. Float32 is multiplied as three TF32 products,
+# which takes registers; on sm_75 Triton has no tensor cores, and multiplies everything by plain arithmetic. Chosen for
+# what tests/test_linear_act_triton.py checks: shared memory, no spills, wgmma on sm_90, tcgen05 on sm_100; no GPU has
+# measured them.
+_PLAIN = (Tile(64, 64, 16, 8, 1), Tile(16, 64, 32, 4, 1))
+_FEW_ROWS, _FEW_ROWS_WIDE = Tile(16, 64, 128, 4, 3), Tile(16, 64, 64, 4, 3)
+_AMPERE = {
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), _FEW_ROWS),
+    4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE),
+}
+_HOPPER = (Tile(128, 128, 64, 8, 4, persistent=True), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), _FEW_ROWS)
 TILES = {
-    75: {
-        2: (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(16, 64, 64, 4, 2)),
-        4: (Tile(64, 64, 16, 8, 2), Tile(16, 64, 32, 4, 2)),
-    },
-    80: {
-        2: (Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 3)),
-        4: (Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3)),
-    },
-    90: {
-        2: (Tile(128, 256, 64, 8, 3, persistent=True), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
-        4: (Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    },
-    100: {
-        2: (Tile(128, 256, 64, 8, 3, persistent=True), Tile(128, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-        4: (Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    },
-    120: {
-        2: (Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 3)),
-        4: (Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    },
+    75: {2: _PLAIN, 4: _PLAIN},
+    80: _AMPERE,
+    90: {2: _HOPPER, 4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
+    100: {2: _HOPPER, 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
+    120: _AMPERE,
 }
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
-_INTERPRETER = Tile(64, 64, 64, 4, 1)
+_INTERPRETER = Tile(64, 128, 128, 4, 1)
 
 
 def candidates(arch, itemsize, weights, shared):
@@ -83,33 +76,40 @@ def choose(m, n, k, dtype, weights=1, measure=None):
     """
     if knobs.runtime.interpret:
         return _INTERPRETER
-    arch, name, shared, multiprocessors = _device(triton.runtime.driver.active.get_current_device())
-    tiles = candidates(arch, dtype.itemsize, weights, shared)
-    if len(tiles) > 1 and measure and os.environ.get("FASTLAYERS_TRITON_AUTOTUNE") != "0":
+    gpu = current_gpu()
+    tiles = candidates(gpu.arch, dtype.itemsize, weights, gpu.shared)
+    tiles = [tile for tile in tiles if tile.rows >= 64 or m <= 2 * tile.rows]
+    if len(tiles) > 1 and measure and gpu.name and os.environ.get("FASTLAYERS_TRITON_AUTOTUNE") != "0":
         sizes = " ".join(str(max(size, 16).bit_length()) for size in (m, n, k))
-        key = f"{name}, triton {triton.__version__}, {dtype} x{weights}, log2 of m n k: {sizes}"
+        key = f"{gpu.name}, triton {triton.__version__}, {dtype} x{weights}, bits of m n k: {sizes}"
         return _measured(key, tiles, measure)
-    return next((tile for tile in tiles if tile.blocks(m, n) >= multiprocessors), tiles[-1])
+    return next((tile for tile in tiles if tile.blocks(m, n) >= gpu.multiprocessors), tiles[-1])
 
 
-def arch():
-    """Of the current GPU: 80."""
-    return _device(triton.runtime.driver.active.get_current_device())[0]
+@dataclass(frozen=True)
+class Gpu:
+    arch: int  # 80
+    name: str | None  # None: simulated, so that there is no time to measure
+    shared: int  # bytes that a block may have
+    multiprocessors: int
+
+
+def current_gpu():
+    return _gpu(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _gpu(index):
+    driver = triton.runtime.driver.active
+    found = driver.utils.get_device_properties(index)
+    name = torch.cuda.get_device_name(index) if driver.get_active_torch_device().type == "cuda" else None
+    arch = driver.get_current_target().arch
+    return Gpu(arch, name, found["max_shared_mem"], found["multiprocessor_count"])
 
 
 def multiprocessors():
     """Of the current GPU; 1 in the interpreter."""
-    return 1 if knobs.runtime.interpret else _device(triton.runtime.driver.active.get_current_device())[3]
-
-
-@functools.cache
-def _device(index):
-    """(architecture, name, bytes of shared memory per block, multiprocessors)"""
-    driver = triton.runtime.driver.active
-    found = driver.utils.get_device_properties(index)
-    arch = driver.get_current_target().arch
-    name = torch.cuda.get_device_name(index) if torch.cuda.is_available() else f"sm_{arch}"
-    return arch, name, found["max_shared_mem"], found["multiprocessor_count"]
+    return 1 if knobs.runtime.interpret else current_gpu().multiprocessors
 
 
 def cache_path():
@@ -126,11 +126,15 @@ def _remembered():
         return {}
 
 
+def _median(run):
+    """Milliseconds."""
+    return triton.runtime.driver.active.get_benchmarker()(run, quantiles=(0.5,))[0]
+
+
 def _measured(key, tiles, measure):
     known = _remembered()
     if known.get(key) not in tiles:
-        benchmark = triton.runtime.driver.active.get_benchmarker()
-        known[key] = min(tiles, key=lambda tile: benchmark(lambda: measure(tile), quantiles=(0.5,))[0])
+        known[key] = min(tiles, key=lambda tile: _median(lambda: measure(tile)))
         _write(known)
     return known[key]
 
