@@ -59,7 +59,7 @@ TILES = {
     120: _AMPERE,
 }
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
-_INTERPRETER = Tile(64, 128, 128, 4, 1)
+_INTERPRETER = Tile(64, 64, 64, 4, 1)
 
 
 def candidates(arch, itemsize, weights, shared):
