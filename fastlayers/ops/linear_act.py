@@ -325,7 +325,10 @@ _TORCH_GEMM_IS_FASTER = {
 
 
 def _reference_reason(facts):
-    """The reference comes first where torch's own GEMM wins."""
+    """The reference comes first where torch's own GEMM wins: on CPUs with tile instructions, and on old GPUs without
+    CUDA kernels, where Triton would multiply by plain arithmetic."""
+    if facts["device"] == backends.cuda_device and backends.cuda_reason(facts) and backends.cuda_capability() < (8, 0):
+        return None
     if facts["device"] == "cpu" and _TORCH_GEMM_IS_FASTER.get(facts["dtype"], False):
         return None
     return "the compiled kernels are faster"
