@@ -28,6 +28,13 @@ cuda_device, cuda_operators = "cuda", torch.ops.fastlayers
 cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
+def constant_when_compiled(function):
+    """torch.compile calls it while it traces and takes the answer for good: torch.compiler.assume_constant_result,
+    whose import would bring in the whole compiler, and triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def operators(backend):
     """The torch.ops namespace with the operators of the backend cpu, cuda, cublas or triton."""
     if backend == "triton":
@@ -85,17 +92,17 @@ def triton_reason(facts):
     return None
 
 
-@torch.compiler.assume_constant_result  # nothing for a compiler to trace
+@constant_when_compiled
 def _triton_installed():
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def triton_interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _load_triton():
     """Import triton and the operators in it, which takes a second: not before a call asks for them."""
     import fastlayers.triton.operators  # noqa: F401

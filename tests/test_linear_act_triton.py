@@ -150,6 +150,20 @@ def test_simulated_tiles(arch, op, dtype, monkeypatch):
 
 
 @simulated
+@pytest.mark.parametrize("arch", [80], indirect=True)
+def test_simulated_offsets_of_64_bits(arch):
+    """Rows, and then columns, of the input 2^30 elements apart: in memory that is reserved, but for a few pages."""
+    try:
+        far = torch.empty(3 * 2**30, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("no 6 GB of address space")
+    for rows, in_features, strides in ((3, 16, (2**30, 1)), (16, 3, (1, 2**30))):
+        tensors, grad = values.make("linear_act", (rows,), in_features, 32, torch.float16)
+        tensors[0] = far.as_strided((rows, in_features), strides).copy_(tensors[0])
+        values.check("linear_act", tensors, grad, "gelu", backend="triton")
+
+
+@simulated
 @archs
 def test_simulated_long_sums_are_split(arch):
     from tests import simulator

@@ -176,7 +176,7 @@ def _linear_act_epilogue_backward_fake(grad, preactivation, preactivation_up, ac
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
-@torch.compiler.assume_constant_result  # compiled code is guarded by torch's own switches
+@backends.constant_when_compiled  # compiled code is guarded by torch's own switches
 def _allows_tf32():
     """torch's switch for float32 products on a GPU, as torch.nn.functional.linear goes by it."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
