@@ -188,6 +188,26 @@ def test_simulated_as_an_operator(arch, op):
 
 
 @simulated
+@archs
+def test_simulated_precision(arch):
+    """float32 takes three TF32 products, or one where torch allows it, which is exact for numbers of few bits."""
+    from tests import simulator
+
+    (x, weight, bias), grad = values.make("linear_act", (40,), 64, 32, torch.float32, exact=True)
+    flops = []
+    for allow_tf32 in (False, True):
+        with simulator.record() as launches:
+            operators = backends.operators("triton")
+            out, _ = operators.linear_act_forward(x, weight, bias, "identity", False, allow_tf32)
+            dinput, *_ = operators.linear_act_backward(
+                grad, None, weight, None, None, "identity", True, False, False, allow_tf32
+            )
+        assert torch.equal(out, x @ weight.t() + bias) and torch.equal(dinput, grad @ weight)
+        flops.append([launch.counts["mma_flops"] for launch in launches])
+    assert flops[0] == [3 * one for one in flops[1]] and all(flops[1])
+
+
+@simulated
 @pytest.mark.parametrize("op", values.OPS)
 def test_simulated_counts(op, monkeypatch):
     """On sm_80 a tile's operands are read once, in whole sectors, and shared memory without conflicts."""
@@ -276,20 +296,20 @@ def test_compiles(gpu, dtype):
     for weights in (1, 2):
         absent = {} if weights == 2 else {"weight_up": None, "bias_up": None, "up": None}
         for tile in tiles.candidates(gpu, dtype.itemsize, weights, tiles.SHARED[gpu]):
-            kernel = compiled_product(linear_act._forward_kernel, gpu, dtype, tile, **dense, **absent)
+            kernel = compiled_product(linear_act.forward_kernel, gpu, dtype, tile, **dense, **absent)
             assert_fits(kernel, gpu, dtype, tile)
     tile = tiles.TILES[gpu][dtype.itemsize][0]
     dense = dict(stride_ak=1, stride_bn=1, stride_un=1)
-    assert_fits(compiled_product(linear_act._product_kernel, gpu, dtype, tile, **dense), gpu, dtype, tile)
-    kernel = gradient_kernel(gpu, dtype)
+    assert_fits(compiled_product(linear_act.product_kernel, gpu, dtype, tile, **dense), gpu, dtype, tile)
+    kernel = compiled_gradient(gpu, dtype)
     assert stack(kernel) == 0 and kernel.metadata.shared <= tiles.SHARED[gpu]
 
 
-def gradient_kernel(gpu, dtype):
+def compiled_gradient(gpu, dtype):
     sizes = dict(ROWS=linear_act._GRADIENT_ROWS, COLUMNS=linear_act._GRADIENT_COLUMNS, STEP=linear_act._GRADIENT_STEP)
     options = {"num_warps": 4, "enable_fp_fusion": True}
     constants = {"stride_gn": 1, "ACTIVATION": "gelu", **sizes}
-    return compiled(linear_act._gradient_kernel, gpu, dtype, options, constants)
+    return compiled(linear_act.gradient_kernel, gpu, dtype, options, constants)
 
 
 @pytest.fixture

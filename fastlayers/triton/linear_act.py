@@ -2,14 +2,12 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
 from fastlayers.triton import tiles
-from fastlayers.triton.activations import activate, derivative
-from fastlayers.triton.arithmetic import store
-from fastlayers.triton.products import multiply, multiply_both, tile_at
+from fastlayers.triton.linear_act_kernels import forward_kernel, gradient_kernel
+from fastlayers.triton.products import product_kernel
 
 if knobs.runtime.interpret:  # whose kernels torch cannot look into
     operator = torch.library.custom_op
@@ -22,225 +20,7 @@ else:
     from torch.library import wrap_triton
 
 _GROUP = 8  # rows of tiles that are walked together
-_GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_STEP = 128, 64, 64  # per program of _gradient_kernel, and at a time
-
-
-@triton.jit
-def _forward_tile(
-    tile,
-    input,
-    weight,
-    weight_up,
-    bias,
-    bias_up,
-    out,
-    gate,
-    up,
-    m,
-    n,
-    k,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_un,
-    stride_uk,
-    stride_b,
-    stride_bu,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    at, mask = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
-    if weight_up is None:
-        strides = stride_xm, stride_xk, stride_wk, stride_wn
-        z = multiply(z, input, weight, rows, columns, m, n, 0, k, *strides, BLOCK_K, PRECISION)
-    else:
-        z_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        strides = stride_xm, stride_xk, stride_wk, stride_wn, stride_uk, stride_un
-        operands = input, weight, weight_up
-        z, z_up = multiply_both(z, z_up, *operands, rows, columns, m, n, k, *strides, BLOCK_K, PRECISION)
-        if bias_up is not None:
-            z_up += tl.load(bias_up + columns * stride_bu, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-        if up is not None:
-            store(up + at, z_up, mask)
-    if bias is not None:
-        z += tl.load(bias + columns * stride_b, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    if gate is not None:
-        store(gate + at, z, mask)
-    if out is not None:
-        y = activate(z, ACTIVATION)
-        if weight_up is not None:
-            y *= z_up
-        store(out + at, y, mask)
-
-
-@triton.jit
-def _forward_kernel(
-    input,  # (m, k)
-    weight,  # (n, k)
-    weight_up,  # (n, k) of the gated form, else None
-    bias,  # (n,) or None
-    bias_up,
-    out,  # (m, n), dense; None where only the pre-activation is wanted
-    gate,  # (m, n), dense: the pre-activation, where it is wanted
-    up,
-    m,
-    n,
-    k,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_un,
-    stride_uk,
-    stride_b,
-    stride_bu,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):
-    """out = activation(input weight' + bias), or activation(input weight' + bias) * (input weight_up' + bias_up)."""
-    operands = input, weight, weight_up, bias, bias_up, out, gate, up, m, n, k
-    strides = stride_xm, stride_xk, stride_wn, stride_wk, stride_un, stride_uk, stride_b, stride_bu
-    if PERSISTENT:
-        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            _forward_tile(tile, *operands, *strides, ACTIVATION, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
-    else:
-        tile = tl.program_id(0)
-        _forward_tile(tile, *operands, *strides, ACTIVATION, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
-
-
-@triton.jit
-def _product_tile(
-    tile,
-    a,
-    b,
-    a_up,
-    b_up,
-    out,
-    m,
-    n,
-    k,
-    k_part,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    stride_uk,
-    stride_un,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    part = tl.program_id(1)
-    first = part * k_part
-    last = tl.minimum(first + k_part, k)
-    rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
-    place = rows, columns, m, n, first, last
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    strides = stride_am, stride_ak, stride_bk, stride_bn
-    total = multiply(total, a, b, *place, *strides, BLOCK_K, PRECISION)
-    if a_up is not None:
-        strides_up = stride_am, stride_ak, stride_uk, stride_un
-        total = multiply(total, a_up, b_up, *place, *strides_up, BLOCK_K, PRECISION)
-    at = (part.to(tl.int64) * m + rows[:, None]) * n + columns[None, :]
-    store(out + at, total, (rows[:, None] < m) & (columns[None, :] < n))
-
-
-@triton.jit
-def _product_kernel(
-    a,  # (m, k)
-    b,  # (k, n)
-    a_up,  # (m, k), strides of a; or None
-    b_up,  # (k, n)
-    out,  # (parts, m, n), dense
-    m,
-    n,
-    k,
-    k_part,  # how much of k each part, grid axis 1, adds up
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    stride_uk,
-    stride_un,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):
-    """out = a b + a_up b_up, in parts of k."""
-    operands = a, b, a_up, b_up, out, m, n, k, k_part
-    strides = stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un
-    if PERSISTENT:
-        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            _product_tile(tile, *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
-    else:
-        _product_tile(tl.program_id(0), *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
-
-
-@triton.jit
-def _gradient_kernel(
-    grad,  # (m, n)
-    gate,  # (m, n), dense: the pre-activation; None for identity
-    up,  # (m, n), dense, of the gated form; else None
-    dgate,  # (m, n), dense, or None
-    dup,
-    sums,  # (programs along m, n) float64: column sums of each program's rows; or None
-    sums_up,
-    m,
-    n,
-    stride_gm,
-    stride_gn,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """dgate = grad activation'(gate) (times up); dup = grad activation(gate); and their sums over rows."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((STEP, COLUMNS), tl.float32)
-    total_up = tl.zeros((STEP, COLUMNS), tl.float32)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for start in range(0, ROWS, STEP):
-        rows = first + start + tl.arange(0, STEP)
-        mask = (rows[:, None] < m) & (columns[None, :] < n)
-        at = rows[:, None] * n + columns[None, :]
-        place = rows[:, None] * stride_gm + columns[None, :].to(tl.int64) * stride_gn
-        slope = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        if gate is not None:
-            z = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-            if up is not None:
-                slope_up = slope * activate(z, ACTIVATION)
-                slope *= tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-                total_up += slope_up
-                if dup is not None:
-                    store(dup + at, slope_up, mask)
-            slope *= derivative(z, ACTIVATION)
-        total += slope
-        if dgate is not None:
-            store(dgate + at, slope, mask)
-    at = tl.program_id(1).to(tl.int64) * n + columns
-    if sums is not None:
-        tl.store(sums + at, tl.sum(total.to(tl.float64), 0), mask=columns < n)
-    if sums_up is not None:
-        tl.store(sums_up + at, tl.sum(total_up.to(tl.float64), 0), mask=columns < n)
+_GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_STEP = 128, 64, 64  # per program of gradient_kernel, and at a time
 
 
 def _precision(dtype, allow_tf32):
@@ -284,7 +64,7 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
         return
 
     def launch(tile):
-        wrap_triton(_forward_kernel)[(_programs(tile, m, n),)](
+        wrap_triton(forward_kernel)[(_programs(tile, m, n),)](
             x,
             weight,
             weight_up,
@@ -304,7 +84,8 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
         )
 
     products = 1 if weight_up is None else 2
-    launch(tiles.choose(m, n, k, x.dtype, products, launch if _is_real(weight) else None))
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        launch(tiles.choose(m, n, k, x.dtype, products, launch if _is_real(weight) else None))
 
 
 def _product(a, b, a_up, b_up, allow_tf32):
@@ -317,7 +98,7 @@ def _product(a, b, a_up, b_up, allow_tf32):
     def launch(tile):
         k_part, parts = _parts(tile, m, n, k)
         out = torch.empty(parts, m, n, dtype=a.dtype if parts == 1 else torch.float32, device=a.device)
-        wrap_triton(_product_kernel)[(_programs(tile, m, n), parts)](
+        wrap_triton(product_kernel)[(_programs(tile, m, n), parts)](
             a,
             b,
             a_up,
@@ -334,7 +115,8 @@ def _product(a, b, a_up, b_up, allow_tf32):
         )
         return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 
-    return launch(tiles.choose(m, n, k, a.dtype, 1, launch if _is_real(a) else None))
+    with torch.cuda.device_of(a):
+        return launch(tiles.choose(m, n, k, a.dtype, 1, launch if _is_real(a) else None))
 
 
 def _parts(tile, m, n, k):
@@ -355,24 +137,25 @@ def _gradients(grad, gate, up, activation, needs_dz, needs_bias, needs_bias_up):
         for need in (needs_bias, needs_bias_up)
     )
     if m > 0 and n > 0:
-        wrap_triton(_gradient_kernel)[(triton.cdiv(n, _GRADIENT_COLUMNS), parts)](
-            grad,
-            gate,
-            up,
-            dgate,
-            dup,
-            sums,
-            sums_up,
-            m,
-            n,
-            *grad.stride(),
-            ACTIVATION=activation,
-            ROWS=_GRADIENT_ROWS,
-            COLUMNS=_GRADIENT_COLUMNS,
-            STEP=_GRADIENT_STEP,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(grad):
+            wrap_triton(gradient_kernel)[(triton.cdiv(n, _GRADIENT_COLUMNS), parts)](
+                grad,
+                gate,
+                up,
+                dgate,
+                dup,
+                sums,
+                sums_up,
+                m,
+                n,
+                *grad.stride(),
+                ACTIVATION=activation,
+                ROWS=_GRADIENT_ROWS,
+                COLUMNS=_GRADIENT_COLUMNS,
+                STEP=_GRADIENT_STEP,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return dgate, dup, *(None if part is None else part.sum(0).to(wanted) for part in (sums, sums_up))
 
 

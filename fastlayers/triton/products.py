@@ -1,9 +1,9 @@
-"""Products of matrices, tile by tile: the part of a kernel between its tile's number and its epilogue."""
+"""Products of matrices: what lies between a tile's number and a kernel's epilogue, and a product by itself."""
 
 import triton
 import triton.language as tl
 
-from fastlayers.triton.arithmetic import dot
+from fastlayers.triton.arithmetic import dot, store
 
 
 @triton.jit
@@ -89,3 +89,77 @@ def multiply_both(
         right += step * stride_bk
         right_up += step * stride_uk
     return total, total_up
+
+
+@triton.jit
+def _product_tile(
+    tile,
+    a,
+    b,
+    a_up,
+    b_up,
+    out,
+    m,
+    n,
+    k,
+    k_part,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    part = tl.program_id(1)
+    first = part * k_part
+    last = tl.minimum(first + k_part, k)
+    rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
+    place = rows, columns, m, n, first, last
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    strides = stride_am, stride_ak, stride_bk, stride_bn
+    total = multiply(total, a, b, *place, *strides, BLOCK_K, PRECISION)
+    if a_up is not None:
+        strides_up = stride_am, stride_ak, stride_uk, stride_un
+        total = multiply(total, a_up, b_up, *place, *strides_up, BLOCK_K, PRECISION)
+    at = (part.to(tl.int64) * m + rows[:, None]) * n + columns[None, :]
+    store(out + at, total, (rows[:, None] < m) & (columns[None, :] < n))
+
+
+@triton.jit
+def product_kernel(
+    a,  # (m, k)
+    b,  # (k, n)
+    a_up,  # (m, k), strides of a; or None
+    b_up,  # (k, n)
+    out,  # (parts, m, n), dense
+    m,
+    n,
+    k,
+    k_part,  # how much of k each part, grid axis 1, adds up
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """out = a b + a_up b_up, in parts of k."""
+    operands = a, b, a_up, b_up, out, m, n, k, k_part
+    strides = stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un
+    if PERSISTENT:
+        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _product_tile(tile, *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
+    else:
+        _product_tile(tl.program_id(0), *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
