@@ -4,6 +4,7 @@ cublas is a fifth name, for linear layers: torch's own product, and one CUDA pas
 """
 
 import functools
+import importlib.util
 import os
 
 import torch
@@ -27,8 +28,18 @@ cuda_device, cuda_operators = "cuda", torch.ops.fastlayers
 cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
+def constant_when_compiled(function):
+    """torch.compile calls it while it traces and takes the answer for good: torch.compiler.assume_constant_result,
+    whose import would bring in the whole compiler, and triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def operators(backend):
-    """The torch.ops namespace with the operators of the backend cpu, cuda or cublas."""
+    """The torch.ops namespace with the operators of the backend cpu, cuda, cublas or triton."""
+    if backend == "triton":
+        _load_triton()
+        return torch.ops.fastlayers_triton
     return cuda_operators if backend in ("cuda", "cublas") else torch.ops.fastlayers
 
 
@@ -70,6 +81,31 @@ def cuda_reason(facts):
     if cuda_operators is torch.ops.fastlayers and not _cuda_built():
         return _native.error or "the library was built without CUDA kernels; rebuild it where nvcc is found"
     return None
+
+
+def triton_reason(facts):
+    """The same of the Triton kernels."""
+    if not _triton_installed():
+        return "triton is not installed (pip install triton)"
+    if facts["device"] != cuda_device and not triton_interpreted():
+        return f"the tensors are on {facts['device']}, not on cuda (TRITON_INTERPRET=1 runs it on cpu)"
+    return None
+
+
+@constant_when_compiled
+def _triton_installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+@constant_when_compiled
+def triton_interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@constant_when_compiled
+def _load_triton():
+    """Import triton and the operators in it, which takes a second: not before a call asks for them."""
+    import fastlayers.triton.operators  # noqa: F401
 
 
 @functools.cache

@@ -1,10 +1,20 @@
-"""Gradients of the compiled operators, in whichever torch.ops namespace holds them."""
+"""Fakes and gradients of the operators, in whichever torch.ops namespace holds them: compiled ones and Triton's."""
 
 import functools
 
 import torch
 
+from fastlayers import _native
+
+_fakes = {}  # operator -> function
 _gradients = {}  # operator -> (backward, setup_context)
+
+
+def register_fake(operator, fake):
+    """Declare what torch.ops.fastlayers.<operator> returns where there is no memory behind its tensors."""
+    _fakes[operator] = fake
+    if not _native.error:
+        torch.library.register_fake(f"fastlayers::{operator}", fake)
 
 
 def register_autograd(operator, backward, setup_context=None):
@@ -15,7 +25,13 @@ def register_autograd(operator, backward, setup_context=None):
     setup_context: as torch.library.register_autograd takes it
     """
     _gradients[operator] = backward, setup_context
-    attach_autograd(operator, "fastlayers")
+    if not _native.error:
+        attach_autograd(operator, "fastlayers")
+
+
+def attach_fake(operator, namespace):
+    """Give torch.ops.<namespace>.<operator> the fake that was declared for this operator."""
+    torch.library.register_fake(f"{namespace}::{operator}", _fakes[operator])
 
 
 def attach_autograd(operator, namespace, lib=None):

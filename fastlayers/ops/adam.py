@@ -1,7 +1,5 @@
 """One step of Adam or AdamW for a list of parameters, in place, and the gradient norm for clipping."""
 
-import importlib.util
-import os
 from itertools import chain
 from operator import attrgetter
 
@@ -190,11 +188,7 @@ def _cuda_reason(facts):
 
 
 def _triton_reason(facts):
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    if facts["device"] != backends.cuda_device and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {facts['device']}, not on cuda (TRITON_INTERPRET=1 runs it on cpu)"
-    return _dtype_reason(facts)
+    return backends.triton_reason(facts) or _dtype_reason(facts)
 
 
 _NATIVE = {"cpu": _cpu_reason, "cuda": _cuda_reason}

@@ -2,8 +2,8 @@
 
 import torch
 
-from fastlayers import _native, backends, reference
-from fastlayers.ops._autograd import register_autograd
+from fastlayers import backends, reference
+from fastlayers.ops._autograd import register_autograd, register_fake
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -176,7 +176,7 @@ def _linear_act_epilogue_backward_fake(grad, preactivation, preactivation_up, ac
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
-@torch.compiler.assume_constant_result  # compiled code is guarded by torch's own switches
+@backends.constant_when_compiled  # compiled code is guarded by torch's own switches
 def _allows_tf32():
     """torch's switch for float32 products on a GPU, as torch.nn.functional.linear goes by it."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -197,25 +197,24 @@ def _refuse_double_backward(op):
     return refuse
 
 
-if not _native.error:
-    for _op, _setup, _backward, _forward_fake, _backward_fake in (
-        ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
-        (
-            "gated_linear_act",
-            _gated_linear_act_setup,
-            _gated_linear_act_backward,
-            _gated_linear_act_forward_fake,
-            _gated_linear_act_backward_fake,
-        ),
-    ):
-        torch.library.register_fake(f"fastlayers::{_op}_forward", _forward_fake)
-        torch.library.register_fake(f"fastlayers::{_op}_backward", _backward_fake)
-        register_autograd(f"{_op}_forward", _backward, _setup)
-        register_autograd(f"{_op}_backward", _refuse_double_backward(_op))
-    torch.library.register_fake("fastlayers::linear_act_epilogue", _linear_act_epilogue_fake)
-    torch.library.register_fake("fastlayers::linear_act_epilogue_backward", _linear_act_epilogue_backward_fake)
-    register_autograd("linear_act_epilogue", _linear_act_epilogue_backward, _linear_act_epilogue_setup)
-    register_autograd("linear_act_epilogue_backward", _refuse_double_backward("linear_act"))
+for _op, _setup, _backward, _forward_fake, _backward_fake in (
+    ("linear_act", _linear_act_setup, _linear_act_backward, _linear_act_forward_fake, _linear_act_backward_fake),
+    (
+        "gated_linear_act",
+        _gated_linear_act_setup,
+        _gated_linear_act_backward,
+        _gated_linear_act_forward_fake,
+        _gated_linear_act_backward_fake,
+    ),
+):
+    register_fake(f"{_op}_forward", _forward_fake)
+    register_fake(f"{_op}_backward", _backward_fake)
+    register_autograd(f"{_op}_forward", _backward, _setup)
+    register_autograd(f"{_op}_backward", _refuse_double_backward(_op))
+register_fake("linear_act_epilogue", _linear_act_epilogue_fake)
+register_fake("linear_act_epilogue_backward", _linear_act_epilogue_backward_fake)
+register_autograd("linear_act_epilogue", _linear_act_epilogue_backward, _linear_act_epilogue_setup)
+register_autograd("linear_act_epilogue_backward", _refuse_double_backward("linear_act"))
 
 
 def _autocast(input, *others):
@@ -278,6 +277,9 @@ def _facts(input, weight, *others, save="preactivation", **options):
     return _facts_of(save, *_autocast(input, weight, *others))
 
 
+_NO_BFLOAT16 = "bfloat16 needs a GPU of compute capability 8.0 or newer"
+
+
 def _cpu_reason(facts):
     if facts["dtype"] not in _DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
@@ -289,7 +291,7 @@ def _cuda_reason(facts):
         return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
     reason = backends.cuda_reason(facts)
     if reason is None and facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
-        return "bfloat16 needs a GPU of compute capability 8.0 or newer"
+        return _NO_BFLOAT16
     return reason
 
 
@@ -299,6 +301,15 @@ def _cublas_reason(facts):
     if facts["save"] == "input" and facts["needs_gradient"]:
         return 'save="input" needs a kernel that computes the product again'
     return backends.cuda_reason(facts)
+
+
+def _triton_reason(facts):
+    if facts["dtype"] not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    reason = backends.triton_reason(facts)
+    if reason is None and facts["dtype"] == torch.bfloat16 and not backends.triton_interpreted():
+        return None if backends.cuda_capability() >= (8, 0) else _NO_BFLOAT16
+    return reason
 
 
 def _has_amx(probe):
@@ -314,7 +325,10 @@ _TORCH_GEMM_IS_FASTER = {
 
 
 def _reference_reason(facts):
-    """The reference comes first where torch's own GEMM wins."""
+    """The reference comes first where torch's own GEMM wins: on CPUs with tile instructions, and on old GPUs without
+    CUDA kernels, where Triton would multiply by plain arithmetic."""
+    if facts["device"] == backends.cuda_device and backends.cuda_reason(facts) and backends.cuda_capability() < (8, 0):
+        return None
     if facts["device"] == "cpu" and _TORCH_GEMM_IS_FASTER.get(facts["dtype"], False):
         return None
     return "the compiled kernels are faster"
@@ -322,5 +336,11 @@ def _reference_reason(facts):
 
 for _op in ("linear_act", "gated_linear_act"):
     backends.register(
-        _op, facts=_facts, reference=_reference_reason, cpu=_cpu_reason, cuda=_cuda_reason, cublas=_cublas_reason
+        _op,
+        facts=_facts,
+        reference=_reference_reason,
+        cpu=_cpu_reason,
+        cuda=_cuda_reason,
+        cublas=_cublas_reason,
+        triton=_triton_reason,
     )

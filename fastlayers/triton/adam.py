@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlayers.triton.arithmetic import narrow
+
 _BLOCK = 2048  # elements per program: 8 per thread
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -38,20 +40,10 @@ def _round(x, random, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
-    """x in DTYPE, to nearest even. For bfloat16 spelt out: Triton's interpreter would truncate."""
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        x = tl.where((bits & 0x7F800000) != 0x7F800000, nearest, x)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def _store(pointer, x, n, mask, seed, offset, counter2, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     if STOCHASTIC and DTYPE != tl.float32:  # noqa: SIM300
         x = _round(x, _random16(seed, offset, counter2, n), DTYPE)
-    tl.store(pointer + n, _narrow(x, DTYPE), mask=mask)
+    tl.store(pointer + n, narrow(x, DTYPE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])  # a 1 would become a constant
@@ -94,7 +86,7 @@ def _adam_kernel(
         param = tl.load(param_at + n, mask=mask).to(tl.float32)
     grad = tl.load(grad_at + n, mask=mask).to(tl.float32) * tl.load(scalars + 6)
     if STORE_GRAD:
-        tl.store(grad_at + n, _narrow(grad, GRAD), mask=mask)
+        tl.store(grad_at + n, narrow(grad, GRAD), mask=mask)
     grad = grad * tl.load(scalars + 7)
     l2 = tl.load(scalars + 4)
     if l2 != 0:
@@ -109,7 +101,7 @@ def _adam_kernel(
     if AMSGRAD:
         highest = tl.load(max_at + n, mask=mask).to(tl.float32)
         square = tl.where(highest > exp_avg_sq, highest, exp_avg_sq)
-        tl.store(max_at + n, _narrow(square, MOMENT_SQ), mask=mask)
+        tl.store(max_at + n, narrow(square, MOMENT_SQ), mask=mask)
     denominator = tl.sqrt_rn(square) * tl.load(rates + 2 * tensor + 1) + tl.load(scalars + 3)
     step = tl.load(rates + 2 * tensor) * tl.div_rn(exp_avg, denominator)
     param = param * tl.load(scalars + 5) - step

@@ -1,0 +1,165 @@
+"""Products of matrices: what lies between a tile's number and a kernel's epilogue, and a product by itself."""
+
+import triton
+import triton.language as tl
+
+from fastlayers.triton.arithmetic import dot, store
+
+
+@triton.jit
+def tile_at(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(rows, columns) of a tile of an (m, n) matrix, int64. GROUP rows of tiles are walked column by column, so that
+    the programs that run together read few different rows and columns, which stay in the L2 cache."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    rows = ((first + within % height) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+    columns = (within // height * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    return rows, columns
+
+
+@triton.jit
+def multiply(
+    total,
+    a,
+    b,
+    rows,
+    columns,
+    m,
+    n,
+    first,
+    last,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + a[rows, first:last] @ b[first:last, columns]; a has m rows, b has n columns."""
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    left = a + rows[:, None] * stride_am + (first + inner[None, :]) * stride_ak
+    right = b + (first + inner[:, None]) * stride_bk + columns[None, :] * stride_bn
+    for start in range(first, last, BLOCK_K):
+        within = inner < last - start
+        x = tl.load(left, mask=(rows[:, None] < m) & within[None, :], other=0.0)
+        y = tl.load(right, mask=within[:, None] & (columns[None, :] < n), other=0.0)
+        total = dot(x, y, total, PRECISION)
+        left += step * stride_ak
+        right += step * stride_bk
+    return total
+
+
+@triton.jit
+def multiply_both(
+    total,
+    total_up,
+    a,
+    b,
+    b_up,
+    rows,
+    columns,
+    m,
+    n,
+    k,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(total + a[rows] @ b[:, columns], total_up + a[rows] @ b_up[:, columns]), with one read of a."""
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
+    step = tl.full((), BLOCK_K, tl.int64)
+    left = a + rows[:, None] * stride_am + inner[None, :] * stride_ak
+    right = b + inner[:, None] * stride_bk + columns[None, :] * stride_bn
+    right_up = b_up + inner[:, None] * stride_uk + columns[None, :] * stride_un
+    for start in range(0, k, BLOCK_K):
+        within = inner < k - start
+        mask = within[:, None] & (columns[None, :] < n)
+        x = tl.load(left, mask=(rows[:, None] < m) & within[None, :], other=0.0)
+        total = dot(x, tl.load(right, mask=mask, other=0.0), total, PRECISION)
+        total_up = dot(x, tl.load(right_up, mask=mask, other=0.0), total_up, PRECISION)
+        left += step * stride_ak
+        right += step * stride_bk
+        right_up += step * stride_uk
+    return total, total_up
+
+
+@triton.jit
+def _product_tile(
+    tile,
+    a,
+    b,
+    a_up,
+    b_up,
+    out,
+    m,
+    n,
+    k,
+    k_part,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    part = tl.program_id(1)
+    first = part * k_part
+    last = tl.minimum(first + k_part, k)
+    rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
+    place = rows, columns, m, n, first, last
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    strides = stride_am, stride_ak, stride_bk, stride_bn
+    total = multiply(total, a, b, *place, *strides, BLOCK_K, PRECISION)
+    if a_up is not None:
+        strides_up = stride_am, stride_ak, stride_uk, stride_un
+        total = multiply(total, a_up, b_up, *place, *strides_up, BLOCK_K, PRECISION)
+    at = (part.to(tl.int64) * m + rows[:, None]) * n + columns[None, :]
+    store(out + at, total, (rows[:, None] < m) & (columns[None, :] < n))
+
+
+@triton.jit
+def product_kernel(
+    a,  # (m, k)
+    b,  # (k, n)
+    a_up,  # (m, k), strides of a; or None
+    b_up,  # (k, n)
+    out,  # (parts, m, n), dense
+    m,
+    n,
+    k,
+    k_part,  # how much of k each part, grid axis 1, adds up
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_uk,
+    stride_un,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """out = a b + a_up b_up, in parts of k."""
+    operands = a, b, a_up, b_up, out, m, n, k, k_part
+    strides = stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un
+    if PERSISTENT:
+        tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _product_tile(tile, *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
+    else:
+        _product_tile(tl.program_id(0), *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)

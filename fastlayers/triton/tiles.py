@@ -1,0 +1,151 @@
+"""How large a tile of a product each program computes: a small table per architecture, and a choice from it.
+
+Where FASTLAYERS_TRITON_AUTOTUNE is not 0, the first call of a kind on a GPU measures the candidates and keeps the
+answer on disk, by device, Triton version and key. Otherwise, and while torch.compile traces, the choice goes by the
+number of programs alone.
+"""
+
+import functools
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of the output per program; inner: how much of the sum is in shared memory at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    persistent: bool = False  # one program per multiprocessor computes tile after tile
+
+    def shared(self, itemsize, weights=1):
+        """Bytes of shared memory that the operands take."""
+        return self.stages * (self.rows + weights * self.columns) * self.inner * itemsize
+
+    def blocks(self, m, n):
+        return math.ceil(m / self.rows) * math.ceil(n / self.columns)
+
+    def half(self):
+        """For two products at once: as many sums and operands as this tile has for one."""
+        return replace(self, columns=self.columns // 2)
+
+
+# Per architecture and itemsize of the operands, the largest tile first. Float32 is multiplied as three TF32 products,
+# which takes registers; on sm_75 Triton has no tensor cores, and multiplies everything by plain arithmetic. Chosen for
+# what tests/test_linear_act_triton.py checks: shared memory, no spills, wgmma on sm_90, tcgen05 on sm_100; no GPU has
+# measured them.
+_PLAIN = (Tile(64, 64, 16, 8, 1), Tile(16, 64, 32, 4, 1))
+_FEW_ROWS, _FEW_ROWS_WIDE = Tile(16, 64, 128, 4, 3), Tile(16, 64, 64, 4, 3)
+_AMPERE = {
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), _FEW_ROWS),
+    4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE),
+}
+_HOPPER = (Tile(128, 128, 64, 8, 4, persistent=True), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), _FEW_ROWS)
+TILES = {
+    75: {2: _PLAIN, 4: _PLAIN},
+    80: _AMPERE,
+    90: {2: _HOPPER, 4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
+    100: {2: _HOPPER, 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
+    120: _AMPERE,
+}
+SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
+_INTERPRETER = Tile(64, 64, 64, 4, 1)
+
+
+def candidates(arch, itemsize, weights, shared):
+    """The tiles for a GPU, the largest first. weights: products at once; shared: bytes that a block may have."""
+    nearest = max((known for known in TILES if known <= arch), default=min(TILES))
+    tiles = [tile if weights == 1 else tile.half() for tile in TILES[nearest][itemsize]]
+    return [tile for tile in tiles if tile.shared(itemsize, weights) <= shared]
+
+
+def choose(m, n, k, dtype, weights=1, measure=None):
+    """The tile for (m, k) @ (k, n), `weights` times at once.
+
+    measure: function(tile) that launches the product, or None where nothing may be launched
+    """
+    if knobs.runtime.interpret:
+        return _INTERPRETER
+    gpu = current_gpu()
+    tiles = candidates(gpu.arch, dtype.itemsize, weights, gpu.shared)
+    tiles = [tile for tile in tiles if tile.rows >= 64 or m <= 2 * tile.rows]
+    if len(tiles) > 1 and measure and gpu.name and os.environ.get("FASTLAYERS_TRITON_AUTOTUNE") != "0":
+        sizes = " ".join(str(max(size, 16).bit_length()) for size in (m, n, k))
+        key = f"{gpu.name}, triton {triton.__version__}, {dtype} x{weights}, bits of m n k: {sizes}"
+        return _measured(key, tiles, measure)
+    return next((tile for tile in tiles if tile.blocks(m, n) >= gpu.multiprocessors), tiles[-1])
+
+
+@dataclass(frozen=True)
+class Gpu:
+    arch: int  # 80
+    name: str | None  # None: simulated, so that there is no time to measure
+    shared: int  # bytes that a block may have
+    multiprocessors: int
+
+
+def current_gpu():
+    return _gpu(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _gpu(index):
+    driver = triton.runtime.driver.active
+    found = driver.utils.get_device_properties(index)
+    name = torch.cuda.get_device_name(index) if driver.get_active_torch_device().type == "cuda" else None
+    arch = driver.get_current_target().arch
+    return Gpu(arch, name, found["max_shared_mem"], found["multiprocessor_count"])
+
+
+def multiprocessors():
+    """Of the current GPU; 1 in the interpreter."""
+    return 1 if knobs.runtime.interpret else current_gpu().multiprocessors
+
+
+def cache_path():
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastlayers/triton_tiles.json"
+
+
+@functools.cache
+def _remembered():
+    """key -> tile, as it stands on disk; what cannot be read is measured again."""
+    try:
+        return {key: Tile(**fields) for key, fields in json.loads(cache_path().read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _median(run):
+    """Milliseconds."""
+    return triton.runtime.driver.active.get_benchmarker()(run, quantiles=(0.5,))[0]
+
+
+def _measured(key, tiles, measure):
+    known = _remembered()
+    if known.get(key) not in tiles:
+        known[key] = min(tiles, key=lambda tile: _median(lambda: measure(tile)))
+        _write(known)
+    return known[key]
+
+
+def _write(known):
+    """Whole or not at all: other processes may read and write it at the same time."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_suffix(f".{os.getpid()}")
+        mine.write_text(json.dumps({key: asdict(tile) for key, tile in known.items()}, indent=1))
+        mine.replace(path)
+    except OSError:
+        pass  # a home that cannot be written: measured again in the next process
