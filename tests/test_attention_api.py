@@ -154,6 +154,21 @@ def call(op, **changes):
     return getattr(ops, op)(**{**legal[op], **changes})
 
 
+CPU_TENSORS = {  # what these say lies in tensors, which on a GPU are not read without a synchronisation; or on the CPU
+    "backend cannot",
+    "cu decreases",
+    "cu overruns",
+    "cu starts late",
+    "cu negative",
+    "max_seqlen too small",
+    "seqlens overrun",
+    "seqlens negative",
+    "pages too few",
+    "page behind the last",
+    "page negative",
+}
+
+
 @on_backends
 @pytest.mark.parametrize(
     "op, what",
@@ -162,6 +177,8 @@ def call(op, **changes):
     + [("decode_attention", what) for what in BAD_DECODE],
 )
 def test_bad_calls_say_what_is_wrong(op, what, backend):
+    if backend != "cpu" and what in CPU_TENSORS:
+        pytest.skip("for the CPU")
     table = {"attention": BAD_ATTENTION, "varlen_attention": BAD_VARLEN, "decode_attention": BAD_DECODE}[op]
     changes, error, words = table[what]
     call(op, backend=backend)

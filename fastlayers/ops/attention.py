@@ -108,7 +108,8 @@ def varlen_attention(
 
     query:  (Tq, Hq, D), key: (Tk, Hk, D), value: (Tk, Hk, Dv)
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, contiguous: sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]);
-            starts with 0, never decreases; rows behind the last sequence give 0, lse -inf and gradient 0
+            starts with 0, never decreases; rows behind the last sequence give 0, lse -inf and gradient 0; on a GPU
+            what they hold is not looked at, since that would wait for it
     max_seqlen_q, max_seqlen_k: at least the longest sequence
     returns (Tq, Hq, Dv); with return_lse also (Hq, Tq), float32. The other arguments as in attention, positions
             counting inside each sequence
