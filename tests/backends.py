@@ -30,13 +30,11 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is
 _AVAILABLE = {"cpu"}
 _HAS_NVCC = os.environ.get("FASTLAYERS_BUILD_CUDA") != "0" and (os.environ.get("NVCC") or shutil.which("nvcc"))
 if _HAS_GPU or (SIMULATED and _HAS_NVCC):
-    _AVAILABLE |= {"cuda", "cublas", "triton"} if importlib.util.find_spec("triton") else {"cuda", "cublas"}
+    _AVAILABLE |= {"cuda", "triton"} if importlib.util.find_spec("triton") else {"cuda"}
 if _INTERPRETED:
     _AVAILABLE = {"triton"}
 BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in BACKENDS.items()}
-if (
-    SIMULATED and not _INTERPRETED
-):  # a second of Triton's compiler per case: tests/test_linear_act_triton.py has a choice
+if SIMULATED and not _INTERPRETED:  # each case takes Triton's compiler a second: test_linear_act_triton.py has some
     BACKENDS |= {op: [n for n in BACKENDS[op] if n != "triton"] for op in ("linear_act", "gated_linear_act")}
 
 
@@ -60,7 +58,7 @@ def device_of(backend):
 
 def on_host(backend, *tensors):
     """Within, these tensors, made with device="cpu", count as being on the CPU."""
-    if backend not in ("cuda", "cublas", "triton") or _INTERPRETED or not SIMULATED:
+    if backend not in ("cuda", "triton") or _INTERPRETED or not SIMULATED:
         return contextlib.nullcontext()
     from tests import simulator
 

@@ -7,6 +7,7 @@
 #include "attention/cuda_backward_rows.cuh"
 #include "attention/cuda_backward_sums.cuh"
 #include "common/check.h"
+#include "common/cuda_arch.h"
 #include "common/dispatch.h"
 
 namespace fl {
@@ -66,12 +67,9 @@ void launch_main(const AttentionBackward& p, BackwardScratch scratch, cudaStream
 // Whether there are keys and, on this GPU, shared memory for blocks of 128 keys.
 template <class S>
 bool takes_wide(int64_t seqlen_k) {
-  int device = 0, most = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  const int most = device_attribute("attention", cudaDevAttrMaxSharedMemoryPerBlockOptin);
   constexpr int kStatic = 1024;  // more than the static shared memory and what the GPU reserves
-  return known && seqlen_k > 64 && BackwardShared<S>(0, S::kDim, S::kDim).end + kStatic <= most;
+  return seqlen_k > 64 && BackwardShared<S>(0, S::kDim, S::kDim).end + kStatic <= most;
 }
 
 template <class T, bool kOld>

@@ -9,14 +9,6 @@
 namespace fl {
 namespace {
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  FL_CHECK(cudaGetDevice(&device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
-           "attention: no CUDA device");
-  return value;
-}
-
 // Two blocks for each multiprocessor, as far as each part keeps two units of keys, and eight keys a
 // row: then what parts write and read of their outputs is less than a quarter of the caches.
 DecodePlan plan_of(const AttentionForward& p) {
@@ -29,8 +21,8 @@ DecodePlan plan_of(const AttentionForward& p) {
   const int64_t right = p.is_causal ? 0 : p.window_right;
   if (p.window_left >= 0 && right >= 0) keys = std::min(keys, p.window_left + right + p.seqlen_q);
   const int64_t least = std::max<int64_t>(2 * kKeyUnit, 8 * block_rows);
-  const int64_t wanted =
-      2 * attribute(cudaDevAttrMultiProcessorCount) / (p.batch * p.heads_k * row_blocks);
+  const int64_t wanted = 2 * device_attribute("attention_decode", cudaDevAttrMultiProcessorCount) /
+                         (p.batch * p.heads_k * row_blocks);
   DecodePlan plan{};
   plan.page_shift = 31;
   plan.rows = static_cast<int>(rows);

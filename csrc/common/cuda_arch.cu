@@ -1,5 +1,3 @@
-#include <cuda_runtime.h>
-
 #include "common/check.h"
 #include "common/cuda_arch.h"
 
@@ -23,6 +21,14 @@ int compiled_arch(const char* op) {
 void need_arch_80(const char* what, int arch) {
   FL_CHECK(arch >= 80, what, " needs kernels for compute capability 8.0, this GPU runs those for ",
            arch / 10, ".", arch % 10);
+}
+
+int device_attribute(const char* op, cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  FL_CHECK(cudaGetDevice(&device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
+           op, ": no CUDA device");
+  return value;
 }
 
 }  // namespace fl

@@ -9,19 +9,11 @@
 namespace fl {
 namespace {
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  FL_CHECK(cudaGetDevice(&device) == cudaSuccess &&
-               cudaDeviceGetAttribute(&value, which, device) == cudaSuccess,
-           "linear_act: no CUDA device");
-  return value;
-}
-
 // Into how many parts k goes: where the tiles of out leave more than half of the multiprocessors
 // without work, as many as give each of them some, but none shorter than kLeast.
 int choose_splits(int64_t tiles, int64_t k) {
   constexpr int64_t kLeast = 256;
-  const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t multiprocessors = device_attribute("linear_act", cudaDevAttrMultiProcessorCount);
   if (2 * tiles > multiprocessors) return 1;
   return static_cast<int>(std::clamp(k / kLeast, int64_t{1}, multiprocessors / tiles));
 }

@@ -5,7 +5,8 @@ from operator import attrgetter
 
 import torch
 
-from fastlayers import _native, backends, reference
+from fastlayers import backends, reference
+from fastlayers.ops._autograd import register_fake
 from fastlayers.ops._checks import check_number
 
 _KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -99,15 +100,8 @@ def grad_norm(grads, grad_scale=None, *, backend=None):
     return run(grads, grad_scale)
 
 
-if _native.error is None:
-
-    @torch.library.register_fake("fastlayers::adam_step")
-    def _(*args):
-        _check_lists(args[:6], args[6])
-
-    @torch.library.register_fake("fastlayers::grad_norm")
-    def _(grads, grad_scale):
-        return grads[0].new_empty((), dtype=torch.float32)
+register_fake("adam_step", lambda *args: _check_lists(args[:6], args[6]))
+register_fake("grad_norm", lambda grads, grad_scale: grads[0].new_empty((), dtype=torch.float32))
 
 
 def _implementation(backend):

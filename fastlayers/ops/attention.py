@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from fastlayers import _native, backends, reference
-from fastlayers.ops._autograd import register_autograd
+from fastlayers import backends, reference
+from fastlayers.ops._autograd import register_autograd, register_fake
 from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
 
 MAX_HEAD_DIM = 256  # of the compiled kernels
@@ -456,8 +456,7 @@ def _double_backward(operators, ctx, *grads):
     raise RuntimeError("attention is differentiable once: the gradient of its gradient is not implemented")
 
 
-if _native.error is None:
-    torch.library.register_fake("fastlayers::attention_forward", _forward_fake)
-    register_autograd("attention_forward", _backward, _setup_context)
-    torch.library.register_fake("fastlayers::attention_backward", _backward_fake)
-    register_autograd("attention_backward", _double_backward)
+register_fake("attention_forward", _forward_fake)
+register_autograd("attention_forward", _backward, _setup_context)
+register_fake("attention_backward", _backward_fake)
+register_autograd("attention_backward", _double_backward)

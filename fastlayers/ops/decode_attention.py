@@ -2,7 +2,8 @@
 
 import torch
 
-from fastlayers import _native, backends, reference
+from fastlayers import backends, reference
+from fastlayers.ops._autograd import register_autograd, register_fake
 from fastlayers.ops._checks import check_beside, check_tensor
 from fastlayers.ops.attention import (
     _allocate_like,
@@ -125,6 +126,5 @@ def _no_gradient(ctx, *arguments, **keywords):
     raise RuntimeError("decode_attention has no gradient")
 
 
-if _native.error is None:
-    torch.library.register_fake("fastlayers::attention_decode", _decode_fake)
-    torch.library.register_autograd("fastlayers::attention_decode", _no_gradient, setup_context=_no_gradient)
+register_fake("attention_decode", _decode_fake)
+register_autograd("attention_decode", _no_gradient, _no_gradient)

@@ -20,7 +20,8 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     returns (..., out_features), dtype of input; differentiable in all three, once
     raises  ValueError for an unknown activation or a mismatch of shapes, dtypes or devices; TypeError for
             arguments of the wrong type
-    Under autocast the arguments are cast as torch.nn.functional.linear casts them.
+    Under autocast the arguments are cast as torch.nn.functional.linear casts them; float32 on a GPU is multiplied as
+    torch.backends.cuda.matmul.allow_tf32 says, gradients as it says when they are computed.
     source  GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; SiLU: Elfwing et al. 2017, arXiv:1702.03118
     """
     input, weight, bias = _autocast(input, weight, bias)
@@ -277,39 +278,36 @@ def _facts(input, weight, *others, save="preactivation", **options):
     return _facts_of(save, *_autocast(input, weight, *others))
 
 
-_NO_BFLOAT16 = "bfloat16 needs a GPU of compute capability 8.0 or newer"
+def _dtype_reason(facts):
+    if facts["dtype"] not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    return None
+
+
+def _tensor_core_reason(facts):
+    """Of the GPU, where it is known to be one."""
+    if facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
+        return "bfloat16 needs a GPU of compute capability 8.0 or newer"
+    return None
 
 
 def _cpu_reason(facts):
-    if facts["dtype"] not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
-    return backends.native_reason(facts)
+    return _dtype_reason(facts) or backends.native_reason(facts)
 
 
 def _cuda_reason(facts):
-    if facts["dtype"] not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
-    reason = backends.cuda_reason(facts)
-    if reason is None and facts["dtype"] == torch.bfloat16 and backends.cuda_capability() < (8, 0):
-        return _NO_BFLOAT16
-    return reason
+    return _dtype_reason(facts) or backends.cuda_reason(facts) or _tensor_core_reason(facts)
 
 
 def _cublas_reason(facts):
-    if facts["dtype"] not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
     if facts["save"] == "input" and facts["needs_gradient"]:
         return 'save="input" needs a kernel that computes the product again'
-    return backends.cuda_reason(facts)
+    return _dtype_reason(facts) or backends.cuda_reason(facts)
 
 
 def _triton_reason(facts):
-    if facts["dtype"] not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {facts['dtype']}"
-    reason = backends.triton_reason(facts)
-    if reason is None and facts["dtype"] == torch.bfloat16 and not backends.triton_interpreted():
-        return None if backends.cuda_capability() >= (8, 0) else _NO_BFLOAT16
-    return reason
+    reason = _dtype_reason(facts) or backends.triton_reason(facts)
+    return reason or (None if backends.triton_interpreted() else _tensor_core_reason(facts))
 
 
 def _has_amx(probe):

@@ -77,17 +77,22 @@ def test_split_sums_are_accurate(op, dtype):
         assert_accurate(*triple, op)
 
 
-def test_tf32_where_torch_allows_it():
-    """One product instead of three, and only where it is asked for."""
-    counts = {}
-    for precision in ("ieee", "tf32"):
-        torch.backends.cuda.matmul.fp32_precision = precision
-        try:
-            _, launches = product(128, 192, 128, torch.float32)
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = "none"
-        counts[precision] = launches[0].counts["classes"]["tensor"]
-    assert counts["ieee"] == 3 * counts["tf32"] > 0
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tf32_where_torch_allows_it(compiled):
+    """One product instead of three, and only while it is asked for, also of code that was compiled before."""
+    torch._dynamo.reset()
+    function = torch.compile(ops.linear_act, backend="aot_eager") if compiled else ops.linear_act
+    input, weight = torch.randn(128, 192), torch.randn(128, 192)
+    matmul, counts = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    try:
+        for matmul.allow_tf32 in (False, True, False):
+            with record() as launches:
+                function(input, weight, backend="cuda")
+            counts.append(launches[0].counts["classes"]["tensor"])
+    finally:
+        matmul.fp32_precision = before
+    assert counts[0] == counts[2] == 3 * counts[1] > 0
 
 
 BREAKS = {  # what is broken -> pattern, replacement, the errors one of which is raised; None: the answer is wrong

@@ -6,6 +6,7 @@ import torch
 from fastlayers import ops
 from tests.attention_cases import check, qkv
 from tests.backends import BACKENDS
+from tests.numerics import assert_accurate
 from tests.simulator import install, uninstall
 from tests.test_linear_act import check as check_linear
 from tests.test_linear_act import make
@@ -25,9 +26,11 @@ def device(request):
 def test_it_runs(dtype):
     tensors = dict(zip(("query", "key", "value"), qkv(dtype, batch=1, heads_q=2, seqlen_q=140, head_dim=128)))
     check(ops.attention, tensors, "cuda", is_causal=True)
-    cache = [tensors["key"], tensors["value"], torch.tensor([140], dtype=torch.int32)]
-    decoded = ops.decode_attention(tensors["query"][:, :, :1], *cache, backend="cuda")
-    assert torch.isfinite(decoded).all()
+    cache = [tensors["query"][:, :, :1], tensors["key"], tensors["value"]]
+    lengths, results = torch.tensor([140], dtype=torch.int32), []
+    for backend, cast in (("cuda", dtype), ("reference", torch.float64), ("reference", dtype)):
+        results.append(ops.decode_attention(*(t.to(cast) for t in cache), lengths, backend=backend))
+    assert_accurate(*results, "decoding")
     tensors, grad = make("linear_act", (150,), 200, 130, dtype)
     check_linear("linear_act", tensors, grad, "gelu", backend="cuda")
 
