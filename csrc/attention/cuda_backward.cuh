@@ -56,7 +56,7 @@ class BackwardWarp {
   __device__ __forceinline__ void add_dq(const BackwardScratch& scratch, const Sequence& sequence,
                                          int64_t row, int m0, int j0, int column,
                                          int head_dim) const {
-    const int warp = afresh(threadIdx.x) / 32;
+    const int warp = opaque(threadIdx.x) / 32;
     const int first = warp / S::kWarpsD * S::kStepM, i0 = m0 + first;
     if (i0 >= sequence.seqlen_q) return;
     const VisibleKeys keys(sequence, i0, i0 + S::kStepM);
@@ -122,7 +122,7 @@ class BackwardWarp {
 
   // This lane's place in the warp's rows of ds.
   __device__ __forceinline__ uint32_t place_of_ds() const {
-    const unsigned thread = afresh(threadIdx.x);
+    const unsigned thread = opaque(threadIdx.x);
     const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
     return S::TileDs::lane_accumulator(rows, thread % 32);
   }
@@ -158,7 +158,7 @@ class BackwardWarp {
   template <class F>
   __device__ __forceinline__ void add_columns(const BackwardScratch& scratch, int64_t row,
                                               int first, int column, int columns, F stored) const {
-    const int lane = afresh(threadIdx.x) % 32;
+    const int lane = opaque(threadIdx.x) % 32;
     const uint32_t ds_lane =
         S::TileDs::moved(S::TileDs::lane_a_transposed(shared_.ds, lane), 0, first * kSize / 16);
     const uint32_t k_lane =
@@ -172,7 +172,7 @@ class BackwardWarp {
     }
     const int cells = S::kGeneral ? scratch.columns / 8 : S::kDim / 8;  // in 16 rows
     const uint64_t to =
-        afresh(__cvta_generic_to_global(scratch.dq_tile(row, column, cells) + lane));
+        opaque(__cvta_generic_to_global(scratch.dq_tile(row, column, cells) + lane));
 #pragma unroll
     for (int m = 0; m < S::kStepM / 16; ++m) {
       unrolled<S::kColumnsQ / 8>([&](auto d) {

@@ -34,7 +34,7 @@ class QueryStream {
   __device__ __forceinline__ void start(int m0) const {
     const TensorView4 &q = p_.forward.q, &dout = p_.dout;
     if (!S::kGeneral && scratch_.whole_chunks && m0 + S::kBlockM <= seqlen_) {
-      const unsigned thread = afresh(threadIdx.x);
+      const unsigned thread = opaque(threadIdx.x);
       const unsigned row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
       const uint32_t place = Tile::at(row, chunk);
       const uint64_t i = m0 + row;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
       }
     }
     const int i0 = m0;
-    const VisibleQueries again(sequence, afresh(j0), afresh(j0) + S::kBlockN);
+    const VisibleQueries again(sequence, opaque(j0), opaque(j0) + S::kBlockN);
     m0 += S::kBlockM;
     if (m0 >= again.some_end) {
       m0 = again.some_begin / S::kBlockM * S::kBlockM;

@@ -2,33 +2,10 @@
 // products k q' and v do', turned so that p' and ds' are operands of dv += p' do and dk += ds' q.
 #pragma once
 
-#include <utility>
-
 #include "attention/cuda_backward_shape.cuh"
+#include "common/codegen.cuh"
 
 namespace fl {
-
-// The same number, of which the compiler does not know that: what is computed from it is computed
-// again where it is needed, instead of being kept in registers over a whole loop.
-template <class T>
-__device__ __forceinline__ T afresh(T value) {
-  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
-  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
-  return value;
-}
-
-template <int kValue>
-struct Constant {
-  __device__ __forceinline__ constexpr operator int() const { return kValue; }
-};
-
-// f(0), ..., f(kCount - 1), of numbers that can be immediates of inline assembly.
-template <int kCount, class F>
-__device__ __forceinline__ void unrolled(F f) {
-  [&]<int... kI>(std::integer_sequence<int, kI...>) {
-    (f(Constant<kI>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
 
 // Row 0 of a sequence in head h of batch b of x; `first` rows lie before it.
 template <class T>
@@ -41,7 +18,7 @@ template <class Tile, class S>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x, int64_t stride,
                                           int row, int rows, int columns) {
   using T = typename S::T;
-  const unsigned thread = afresh(threadIdx.x);
+  const unsigned thread = opaque(threadIdx.x);
   if constexpr (S::kGeneral) {
     using Panel = SharedTile<T, Tile::kRows, Tile::kPanel>;
     for (int column = 0; column < columns; column += Tile::kPanel) {
@@ -59,7 +36,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x,
 // Data of kBlockM rows to shared memory.
 template <class S>
 __device__ __forceinline__ void copy_row_data(const float* from, uint32_t to) {
-  const unsigned thread = afresh(threadIdx.x);
+  const unsigned thread = opaque(threadIdx.x);
   static_assert(S::kBlockM <= S::kThreads);
   if (thread < S::kBlockM) copy_async(to + thread * kRowBytes, from + thread * 4, kRowBytes);
 }
@@ -88,7 +65,7 @@ struct LanePlace {
 
   __device__ __forceinline__ LanePlace(const BackwardShared<S>& shared, uint32_t lane_address,
                                        uint32_t tile, int first) {
-    address = afresh(lane_address);
+    address = opaque(lane_address);
     row = static_cast<int>(tile - shared.k) / Tile::kRowBytes + first;
     if constexpr (S::kGeneral) {
       address += row * Tile::kRowBytes;
@@ -115,7 +92,7 @@ class GradientTile {
   __device__ __forceinline__ GradientTile(const BackwardShared<S>& shared, int warp, int lane)
       : shared_(shared),
         a_(S::TileKv::lane_a(shared.k + warp * S::kWarpKeys * S::TileKv::kRowBytes, lane)),
-        b_(afresh(S::TileQ::lane_b(shared.k, lane))),
+        b_(opaque(S::TileQ::lane_b(shared.k, lane))),
         lane_(lane) {}
 
   // s = k q', dp = v do' (less delta, unless general) for queries from row `first` of the block on.
@@ -144,7 +121,7 @@ class GradientTile {
 
   // Hides the scores of pairs that do not see each other.
   __device__ __forceinline__ void hide(const Sequence& sequence, const TilePlace& at) {
-    const int lane = afresh(threadIdx.x) % 32;
+    const int lane = opaque(threadIdx.x) % 32;
     const int key = at.j0 + lane / 4, query = at.i0 + lane % 4 * 2;
     const int behind_end = key - query - sequence.end_offset;
     const int behind_begin = key - query - sequence.begin_offset;
@@ -197,7 +174,7 @@ class GradientTile {
 
   // Data of the lane's two columns, from row `first` of the block on.
   __device__ __forceinline__ uint32_t row_data(int first) const {
-    return shared_.rows + first * kRowBytes + afresh(threadIdx.x) % 4 * (2 * kRowBytes);
+    return shared_.rows + first * kRowBytes + opaque(threadIdx.x) % 4 * (2 * kRowBytes);
   }
   __device__ __forceinline__ int query_of(const TilePlace& at, int n, int e) const {
     return at.i0 + 8 * n + lane_ % 4 * 2 + e % 2;
@@ -253,46 +230,44 @@ class GradientTile {
     }
   }
 
-  // f(score, slope, query, key) for 8 columns, number n.
+  // f(m, e) for the tiles m and elements e of 8 columns.
   template <class F>
-  __device__ __forceinline__ void map_columns(int n, const TilePlace& at,
-                                              float (&slopes)[S::kTilesM][4], F f) {
+  static __device__ __forceinline__ void each(F f) {
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        f(s[m][n].r[e], slopes[m][e], query_of(at, n, e), key_of(at, m, e));
-      }
+      for (int e = 0; e < 4; ++e) f(m, e);
     }
   }
 
-  // Their scores from k q': softcap, ALiBi and mask. slopes: of the softcap.
+  // The scores of 8 columns, number n, from k q': softcap, ALiBi and mask. slopes: of the softcap.
   __device__ __forceinline__ void shape(int n, const AttentionForward& p, const Sequence& sequence,
                                         const ScoreRules& rules, const TilePlace& at,
                                         float (&slopes)[S::kTilesM][4]) {
-    map_columns(n, at, slopes, [&](float& x, float& slope, int, int) {
-      x *= p.softmax_scale;
-      slope = 1.0f;
+    each([&](int m, int e) {
+      s[m][n].r[e] *= p.softmax_scale;
+      slopes[m][e] = 1.0f;
     });
     if (p.softcap > 0.0f) {
-      map_columns(n, at, slopes,
-                  [&](float& x, float& slope, int, int) { x = softcapped(x, p.softcap, slope); });
+      each([&](int m, int e) { s[m][n].r[e] = softcapped(s[m][n].r[e], p.softcap, slopes[m][e]); });
     }
     if (p.alibi_slopes) {
-      map_columns(n, at, slopes, [&](float& x, float&, int i, int j) { x -= rules.alibi(i, j); });
+      each(
+          [&](int m, int e) { s[m][n].r[e] -= rules.alibi(query_of(at, n, e), key_of(at, m, e)); });
     }
     if (p.mask.kind == MaskKind::kNone) return;
     const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
-    map_columns(n, at, slopes, [&](float& x, float&, int i, int j) {
-      x += rules.mask_at(min(i, last_i), min(j, last_j));  // inside, where hide has yet to come
+    each([&](int m, int e) {  // inside of the mask, where hide has yet to come
+      const int i = min(query_of(at, n, e), last_i), j = min(key_of(at, m, e), last_j);
+      s[m][n].r[e] += rules.mask_at(i, j);
     });
   }
   // Hides those of pairs that do not see each other.
   __device__ __forceinline__ void hide(int n, const Sequence& sequence, const TilePlace& at) {
-    float unused[S::kTilesM][4];
-    map_columns(n, at, unused, [&](float& x, float&, int i, int j) {
+    each([&](int m, int e) {
+      const int i = query_of(at, n, e), j = key_of(at, m, e);
       const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
-      x = visible ? x : -INFINITY;
+      s[m][n].r[e] = visible ? s[m][n].r[e] : -INFINITY;
     });
   }
 

@@ -83,18 +83,17 @@ class FactorCopy {
   // The next tile, all of it. place: Place::offset() behind the tile, but for kOffset more.
   template <int kOffset>
   __device__ __forceinline__ void copy(uint32_t place) {
-    repeat<kCopies>([&]<int i>() {
+    unrolled<kCopies>([&](auto i) {
       const uint64_t from = source(i);
 #if __CUDA_ARCH__ >= 800
-      asm volatile(
-          "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(register_part(place, i)),
-          "l"(from), "n"(kOffset + constant_part(i)), "n"(source_constant(i)));
+      copy_async<kOffset + constant_part(i), source_constant(i)>(
+          register_part(place, i), reinterpret_cast<const void*>(from));
 #else
       const uint4 bits = *reinterpret_cast<const uint4*>(from + source_constant(i));
       if constexpr (kHolds) {
         held_[i] = bits;
       } else {
-        store(register_part(place, i) + kOffset + constant_part(i), bits);
+        shared_at<uint4>(register_part(place, i) + kOffset + constant_part(i)) = bits;
       }
 #endif
     });
@@ -117,7 +116,9 @@ class FactorCopy {
     if constexpr (kHolds) {
       if (!holds_) return;
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) store(register_part(place, i) + constant_part(i), held_[i]);
+      for (int i = 0; i < kCopies; ++i) {
+        shared_at<uint4>(register_part(place, i) + constant_part(i)) = held_[i];
+      }
       holds_ = false;
     }
 #endif
@@ -125,26 +126,13 @@ class FactorCopy {
 
   // The next tile, of which `depth` (1 to kDepth) are there; the rest is 0.
   __device__ __forceinline__ void copy_tail(uint32_t place, int depth) {
-    uint32_t thread = threadIdx.x;
-    keep(thread);  // computed here again, so that it takes no register elsewhere
-    const Place own(thread);
+    const Place own(opaque(threadIdx.x));  // which takes no register elsewhere
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const int count = min(max(count_of(i, depth, own), 0), kChunk);
       const T* from = reinterpret_cast<const T*>(source(i) + source_constant(i));
       const uint32_t to = register_part(place, i) + constant_part(i);
-      bool whole = aligned_;
-#if __CUDA_ARCH__ < 800
-      whole = whole && (count == kChunk || count == 0);
-#endif
-      if (whole) {
-        copy_async(to, from, count * sizeof(T));
-      } else {
-        T values[kChunk];
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) values[e] = e < count ? from[e] : T(0.0f);
-        store(to, *reinterpret_cast<const uint4*>(values));
-      }
+      copy_chunk(to, from, count, aligned_);
     }
   }
 
@@ -180,11 +168,6 @@ class FactorCopy {
   static __device__ __forceinline__ uint64_t address(const T* data) {
     return reinterpret_cast<uint64_t>(data);
   }
-  static __device__ __forceinline__ void store(uint32_t to, const uint4& bits) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y),
-                 "r"(bits.z), "r"(bits.w));
-  }
-
   uint64_t at_, at1_, row_step_;  // addresses and bytes
   int columns_;                   // of a tile, those that are there
   bool aligned_, whole_, holds_ = false;

@@ -68,9 +68,7 @@ struct BlockPlace {
   // To be computed where it is needed, so that it takes no register in between.
   __device__ __forceinline__ explicit BlockPlace(const GemmCall& call) {
     constexpr int kBand = 8;
-    uint32_t index = blockIdx.x;
-    keep(index);
-    const int block = static_cast<int>(index);
+    const int block = static_cast<int>(opaque(blockIdx.x));
     const int band = block / (kBand * call.tiles_n), within = block % (kBand * call.tiles_n);
     const int height = min(call.tiles_m - band * kBand, kBand);
     gated = S::kActivates && call.g.form == LinearActGemm::Form::kGated;
@@ -86,8 +84,7 @@ struct PartOfTiles {
 
   __device__ __forceinline__ explicit PartOfTiles(const GemmCall& call) {
     const int64_t all = tiles_of<S>(call.g.k[0]) + tiles_of<S>(call.g.k[1]);
-    uint32_t part = blockIdx.y;
-    keep(part);
+    const uint32_t part = opaque(blockIdx.y);
     begin = static_cast<int>(all * part / call.splits);
     tiles = static_cast<int>(all * (part + 1) / call.splits) - begin;
   }
@@ -100,10 +97,8 @@ class TileStream {
   // base: what a stage's number is told from.
   __device__ __forceinline__ TileStream(const GemmCall& call, uint32_t base, int tiles)
       : call_(call), more_(tiles > 0 ? kAll : 0) {
-    place_a_ = base + typename S::CopyA::Place(threadIdx.x).offset();
-    place_b_ = base + typename S::CopyB::Place(threadIdx.x).offset();
-    keep(place_a_);
-    keep(place_b_);
+    place_a_ = opaque(base + typename S::CopyA::Place(threadIdx.x).offset());
+    place_b_ = opaque(base + typename S::CopyB::Place(threadIdx.x).offset());
   }
 
   // The next tile, where there is one. The first of a product takes the long way, too.
@@ -144,8 +139,8 @@ class TileStream {
       k = int64_t{part.begin - (w ? first : 0)} * S::kTileDepth;
       more_ = part.tiles;
     }
-    uint32_t thread = threadIdx.x;
-    keep(thread);  // what follows from it is not kept through the loop for the next time
+    const uint32_t thread =
+        opaque(threadIdx.x);  // what follows from it is not kept through the loop for the next time
     a_.aim(g.a[w], g.a[w], {block.row, g.m, false}, k, thread);
     b_.aim(g.b[w], g.b[1], {block.column, g.n, block.gated}, k, thread);
     const int tiles = min(tiles_of<S>(g.k[w] - k), more_);
@@ -205,8 +200,8 @@ __device__ __forceinline__ void run_gemm(const GemmCall& call, uint32_t memory) 
   const uint32_t base = S::kBaseInPlaces ? memory : 0;
   uint32_t first = memory - base, last = first + (S::kStages - 1) * S::kStageBytes;
   if (!S::kBaseInPlaces) {
-    keep(first);
-    keep(last);
+    first = opaque(first);
+    last = opaque(last);
   }
   TileStream<S> stream(call, base, tiles);
   std::conditional_t<S::kAhead, AheadProduct<S>, DirectProduct<S>> product(

@@ -1,25 +1,13 @@
 // A warp's part of a block's product: 64 x 64 sums in registers, factors in shared memory.
 #pragma once
 
-#include <utility>
-
+#include "common/codegen.cuh"
 #include "common/shared_tile.cuh"
 
 namespace fl {
 
 constexpr int kWarpRows = 64, kWarpColumns = 64;
 constexpr int kTilesM = kWarpRows / 16, kTilesN = kWarpColumns / 8;
-
-// f<0>(), f<1>(), ...: with constants, for instructions that take one.
-template <int kCount, class F>
-__device__ __forceinline__ void repeat(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (f.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
-
-// The compiler computes what is cheap again and again; not what has been through here.
-__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 // ldmatrix from `row` rows and `chunk` chunks behind a lane's address, most of it as a constant.
 template <class Tile, bool kTransposed, int kOffset, int kRow, int kChunk>
@@ -52,10 +40,8 @@ class WarpSums {
                     : TileA::lane_a_transposed(row / TileA::kPanel * TileA::kPanelBytes, lane);
     b_ = S::kDenseB ? TileB::lane_b(column * TileB::kRowBytes, lane)
                     : TileB::lane_b_transposed(column / TileB::kPanel * TileB::kPanelBytes, lane);
-    a_ += base;
-    b_ += base;
-    keep(a_);
-    keep(b_);
+    a_ = opaque(a_ + base);
+    b_ = opaque(b_ + base);
 #pragma unroll
     for (auto& row_of : sums) {
 #pragma unroll
@@ -82,7 +68,7 @@ class AheadProduct : public WarpSums<S> {
   __device__ __forceinline__ void start(uint32_t stage) { load<0>(stage); }
   // After it nothing of the tile is needed any more.
   __device__ __forceinline__ void advance(uint32_t stage) {
-    repeat<S::kSteps - 1>([&]<int step>() {
+    unrolled<S::kSteps - 1>([&](auto step) {
       load<step + 1>(stage);
       multiply<step>();
     });
@@ -92,11 +78,11 @@ class AheadProduct : public WarpSums<S> {
  private:
   template <int kStep>
   __device__ __forceinline__ void load(uint32_t stage) {
-    repeat<kTilesM>([&]<int m>() {
+    unrolled<kTilesM>([&](auto m) {
       load_matrices<TileA, !S::kDenseA, 0, S::kDenseA ? 16 * m : 16 * kStep,
                     S::kDenseA ? 2 * kStep : 2 * m>(rows_[kStep % 2][m].r, stage + this->a_);
     });
-    repeat<kTilesN / 2>([&]<int n>() {
+    unrolled<kTilesN / 2>([&](auto n) {
       uint32_t r[4];
       load_matrices<TileB, !S::kDenseB, S::kTileB, S::kDenseB ? 16 * n : 16 * kStep,
                     S::kDenseB ? 2 * kStep : 2 * n>(r, stage + this->b_);

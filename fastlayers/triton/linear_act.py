@@ -59,7 +59,8 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
     x, (weight, weight_up), (bias, bias_up) = _matrix(input), weights, biases
     (m, k), n = x.shape, weight.shape[0]
     for tensor, wanted in ((weight, (n, k)), (weight_up, (n, k)), (bias, (n,)), (bias_up, (n,))):
-        _require(tensor is None or (tensor.shape == wanted and tensor.dtype == input.dtype), "operands do not fit")
+        if tensor is not None:
+            _check("weight or bias", tensor, wanted, input.dtype)
     if m == 0 or n == 0:
         return
 
@@ -91,7 +92,7 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
 def _product(a, b, a_up, b_up, allow_tf32):
     """a @ b (+ a_up @ b_up) in the dtype of a; a_up has the strides of a."""
     (m, k), n = a.shape, b.shape[1]
-    _require(b.shape[0] == k and b.dtype == a.dtype, "operands do not fit")
+    _check("factor", b, (k, n), a.dtype)
     if m == 0 or n == 0:
         return a.new_empty(m, n)
 
@@ -165,9 +166,10 @@ def _is_real(tensor):
     return known and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _require(condition, message):
-    if not condition:
-        raise ValueError(f"linear_act: {message}")
+def _check(what, tensor, shape, dtype):
+    """The sizes go to the kernel, which would read whatever lies there."""
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"linear_act: {what} has to be {shape}, {dtype}; got {tuple(tensor.shape)}, {tensor.dtype}")
 
 
 @operator("fastlayers_triton::linear_act_forward", mutates_args=())
