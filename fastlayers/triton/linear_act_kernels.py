@@ -38,6 +38,7 @@ def _forward_tile(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Apart from its kernel as products._product_tile is."""
     rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     at, mask = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)

@@ -115,6 +115,7 @@ def _product_tile(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """Apart from its kernel: one loop for both, PERSISTENT or not, takes registers, and tiles of older GPUs spill."""
     part = tl.program_id(1)
     first = part * k_part
     last = tl.minimum(first + k_part, k)
