@@ -56,7 +56,7 @@ TILES = {
     80: _AMPERE,
     90: {2: _HOPPER, 4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
     100: {2: _HOPPER, 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
-    120: _AMPERE,
+    120: {2: _AMPERE[2], 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), _FEW_ROWS_WIDE)},
 }
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
 _INTERPRETER = Tile(64, 64, 64, 4, 1)
