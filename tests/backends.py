@@ -37,6 +37,19 @@ BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in 
 if SIMULATED and not _INTERPRETED:  # each case takes Triton's compiler a second: test_linear_act_triton.py has some
     BACKENDS |= {op: [n for n in BACKENDS[op] if n != "triton"] for op in ("linear_act", "gated_linear_act")}
 
+_OLD_TENSOR_CORES = ARCH == "sm_75" if SIMULATED else _HAS_GPU and torch.cuda.get_device_capability() < (8, 0)
+
+
+def dtypes_of(backend):
+    """Of attention and linear layers, a 16-bit dtype last: the CUDA kernels need a GPU with products of bfloat16."""
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    return dtypes[:2] if backend == "cuda" and _OLD_TENSOR_CORES else dtypes
+
+
+def has_wide_float32_gradients(backend):
+    """Attention's, of more than 128 head dimensions: they need more shared memory than sm_75 has."""
+    return backend != "cuda" or not _OLD_TENSOR_CORES
+
 
 @contextlib.contextmanager
 def device_of(backend):

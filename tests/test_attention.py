@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastlayers import ops
 from fastlayers.reference.philox import dropout_keep, dropout_scale, dropout_threshold
 from tests.attention_cases import DTYPES, check, generator, qkv, randn, run
-from tests.backends import BACKENDS
+from tests.backends import BACKENDS, dtypes_of
 from tests.numerics import assert_accurate
 
+pytestmark = pytest.mark.tensor_cores
 on_backends = pytest.mark.parametrize("backend", BACKENDS["attention"])
 on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 ODD = (1, 7, 33, 65, 129, 257)
@@ -105,7 +106,7 @@ def test_options(name, dtype, backend):
 
 
 @on_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@on_dtypes
 @pytest.mark.parametrize("seqlen_q", ODD)
 def test_odd_sequence_lengths(seqlen_q, dtype, backend):
     variants = [{}, {"is_causal": True, "causal_alignment": "bottom_right"}, {"window": (20, 20)}]
@@ -165,7 +166,7 @@ def test_longer_sequences(sizes, dtype, backend):
 def test_every_element_is_written(name, backend):
     """In torch's deterministic mode fresh memory is NaN, so that nothing is right by chance."""
     sizes, extra, options = OPTIONS[name]
-    tensors = {**dict(zip(("query", "key", "value"), qkv(torch.bfloat16, **sizes))), **extra}
+    tensors = {**dict(zip(("query", "key", "value"), qkv(dtypes_of(backend)[-1], **sizes))), **extra}
     torch.use_deterministic_algorithms(True)
     try:
         results = run(ops.attention, tensors, {"deterministic": False, **options, "backend": backend})
@@ -214,7 +215,7 @@ LAYOUTS = (transposed, padded, not_dense, sequence_innermost, shared_heads, shar
 
 
 @on_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@on_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_strides(layout, dtype, backend):
     plain = dict(zip(("query", "key", "value"), qkv(dtype, seqlen_q=33, seqlen_k=50)))
@@ -271,10 +272,10 @@ def test_results_are_laid_out_like_what_they_belong_to(backend):
 def test_offsets_beyond_32_bits(backend):
     """Rows and batches more than 2^31 elements apart; the memory between them is never touched."""
     try:
-        base = torch.empty(5 * 2**31, dtype=torch.bfloat16)
+        base = torch.empty(5 * 2**31, dtype=dtypes_of(backend)[-1])
     except RuntimeError:
         pytest.skip("this machine does not lend 20 GiB of address space")
-    plain = dict(zip(("query", "key", "value"), qkv(torch.bfloat16, heads_q=2, seqlen_q=2, head_dim=16)))
+    plain = dict(zip(("query", "key", "value"), qkv(dtypes_of(backend)[-1], heads_q=2, seqlen_q=2, head_dim=16)))
     for strides in ((2**32, 16, 2**31, 1), (2**31 + 8, 2**32, 16, 1)):
         far = {}
         for index, (name, tensor) in enumerate(plain.items()):
@@ -315,6 +316,7 @@ def test_empty(sizes, dtype, backend):
     check(ops.attention, tensors, backend)
     with_sinks = check(ops.attention, {**tensors, "sinks": randn(heads)}, backend, is_causal=True)
     assert with_sinks["out"].count_nonzero() == 0 or seqlen_k
+    check(ops.attention, {**tensors, "attn_mask": randn(batch, heads, seqlen_q, 1)}, backend)
 
 
 @on_backends
@@ -451,7 +453,10 @@ def test_dropout_draws_from_torchs_generator(backend):
 @pytest.mark.parametrize("name", ["causal", "everything", "additive-keys", "mqa-causal"])
 def test_deterministic_is_bitwise_reproducible(name, backend):
     sizes, extra, options = OPTIONS[name]
-    tensors = {**dict(zip(("query", "key", "value"), qkv(torch.bfloat16, **{**sizes, "seqlen_q": 65}))), **extra}
+    tensors = {
+        **dict(zip(("query", "key", "value"), qkv(dtypes_of(backend)[-1], **{**sizes, "seqlen_q": 65}))),
+        **extra,
+    }
     options = {**options, "deterministic": True, "backend": backend}
     first = run(ops.attention, tensors, options)
     threads = torch.get_num_threads()
@@ -487,7 +492,7 @@ def test_threads(threads, backend):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, dtypes_of(backend)[-1]):
             for seqlen_q, seqlen_k in ((257, 257), (3, 300), (300, 3)):
                 tensors = qkv(dtype, batch=1, heads_q=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
                 check(ops.attention, dict(zip(("query", "key", "value"), tensors)), backend, is_causal=True)
@@ -563,6 +568,7 @@ def calls(draw):
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(call=calls(), dtype=st.sampled_from(DTYPES))
 def test_any_call(call, dtype, backend):
+    assume(dtype in dtypes_of(backend))
     sizes, layouts, tensors, options = call
     inputs = {name: layout(t) for name, layout, t in zip(("query", "key", "value"), layouts, qkv(dtype, **sizes))}
     # In float32 a gradient recomputed from lse has up to four times eager's error where a row looks at very few keys

@@ -5,22 +5,12 @@ import torch
 
 from fastlayers import ops
 from tests.attention_cases import DTYPES, check, generator, randn
-from tests.backends import ARCH, BACKENDS, SIMULATED
+from tests.backends import BACKENDS
 from tests.numerics import assert_accurate
 
+pytestmark = pytest.mark.tensor_cores
 on_decode = pytest.mark.parametrize("backend", BACKENDS["decode_attention"])
-OLD = SIMULATED and ARCH == "sm_75"  # whose tensor cores have no bfloat16
-
-
-def served(backend, dtype):
-    return backend != "cuda" or dtype != torch.bfloat16 or not OLD
-
-
-on_dtypes = pytest.mark.parametrize(
-    "backend, dtype",
-    [(backend, dtype) for backend in BACKENDS["decode_attention"] for dtype in DTYPES if served(backend, dtype)],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
+on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.02])
 
 
@@ -56,6 +46,7 @@ DECODE = {
 }
 
 
+@on_decode
 @on_dtypes
 @pytest.mark.parametrize("seqlen_q", [1, 5])
 @pytest.mark.parametrize("name", DECODE)
@@ -66,6 +57,7 @@ def test_decode_options(name, seqlen_q, dtype, backend):
     assert (ours["out"][2] == 0).all()
 
 
+@on_decode
 @on_dtypes
 @pytest.mark.parametrize("heads_k", [1, 2, 4])
 def test_decode_long_caches(heads_k, dtype, backend):
@@ -105,6 +97,7 @@ def test_decode_is_the_last_rows_of_attention(backend):
         assert_accurate(out[b], exact, ops.attention(*whole, **options)[0, :, -4:], f"{length} keys")
 
 
+@on_decode
 @on_dtypes
 @pytest.mark.parametrize(
     "heads_q, heads_k, seqlen_q", [(8, 1, 8), (6, 2, 3), (6, 2, 17), (4, 1, 33), (2, 2, 64), (2, 2, 65), (4, 2, 80)]
@@ -116,6 +109,7 @@ def test_decode_several_tokens(heads_q, heads_k, seqlen_q, dtype, backend):
     check_decoding(tensors, backend, "window", enable_gqa=True, window=(20, 3), is_causal=False)
 
 
+@on_decode
 @on_dtypes
 @pytest.mark.parametrize("head_dim", [1, 7, 33, 64, 100, 128, 129, 200, 256])
 def test_decode_head_dims(head_dim, dtype, backend):
@@ -125,6 +119,7 @@ def test_decode_head_dims(head_dim, dtype, backend):
         check_decoding(tensors, backend, f"{head_dim_v} {seqlen_q}", enable_gqa=True)
 
 
+@on_decode
 @on_dtypes
 def test_decode_rows_that_are_not_aligned(dtype, backend):
     odd = randn(2, 2, 2, 70, 33, dtype=dtype, seed=2)
@@ -134,6 +129,7 @@ def test_decode_rows_that_are_not_aligned(dtype, backend):
         check_decoding(tensors, backend, name, enable_gqa=True)
 
 
+@on_decode
 @on_dtypes
 def test_decode_extreme_scores(dtype, backend):
     """Maxima that move far from key to key, across warps and parts, and a row of NaN."""
@@ -148,12 +144,14 @@ def test_decode_extreme_scores(dtype, backend):
     assert out[0, 5, 1].isnan().all() and out.isnan().sum() == out.shape[-1]
 
 
+@on_decode
 @on_dtypes
 def test_decode_long_caches_through_a_window(dtype, backend):
     tensors = cached(dtype, [3000, 1800], 1, capacity=3000, heads_q=8, heads_k=1) | {"sinks": randn(8, seed=7)}
     check_decoding(tensors, backend, "window", enable_gqa=True, window=(1500, None))
 
 
+@on_decode
 @on_dtypes
 def test_decode_is_deterministic(dtype, backend):
     tensors = cached(dtype, [1000, 3], 3, capacity=1000)
@@ -186,6 +184,7 @@ def in_pages(tensors, page_size, shared=0, spare=3):
     return {**tensors, "key_cache": caches[0], "value_cache": caches[1], "page_table": table}
 
 
+@on_decode
 @on_dtypes
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64])
 def test_decode_pages(page_size, dtype, backend):
@@ -197,6 +196,7 @@ def test_decode_pages(page_size, dtype, backend):
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+@on_decode
 @on_dtypes
 def test_decode_pages_that_sequences_share(dtype, backend):
     tensors = cached(dtype, [100, 70, 64], seqlen_q=2, capacity=112)

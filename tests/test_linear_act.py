@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlayers import _native, ops, reference
-from tests.backends import ARCH, BACKENDS, SIMULATED
+from tests.backends import BACKENDS, SIMULATED, dtypes_of
 from tests.numerics import assert_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,7 +18,7 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 KINKED = ("relu", "leaky_relu")  # a slope that jumps: rounding z across 0 would decide the gradient
 OPS = {"linear_act": 1, "gated_linear_act": 2}  # weights of each
 
-OLD = SIMULATED and ARCH == "sm_75"  # a GPU whose tensor cores have no bfloat16
+pytestmark = pytest.mark.tensor_cores
 cases = pytest.mark.parametrize("op,backend", [(op, backend) for op in OPS for backend in BACKENDS[op]])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 saves = pytest.mark.parametrize("save", ["preactivation", "input"])
@@ -59,11 +59,8 @@ def check(op, tensors, grad, activation, needed=None, what="", **options):
 
 
 @pytest.fixture(autouse=True)
-def seed(request):
+def seed():
     torch.manual_seed(0)
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if OLD and parameters.get("backend") == "cuda" and parameters.get("dtype") == torch.bfloat16:
-        pytest.skip("this GPU has no tensor cores for bfloat16, and the kernels do not claim it")
 
 
 @cases
@@ -223,8 +220,7 @@ def test_any_call(op, backend, data):
     size = st.integers(0, 70)
     lead = data.draw(st.lists(st.integers(0, 9), max_size=3))
     k, n = data.draw(size), data.draw(size)
-    dtypes_here = DTYPES[:2] if OLD and backend == "cuda" else DTYPES
-    dtype, activation = data.draw(st.sampled_from(dtypes_here)), data.draw(st.sampled_from(ACTIVATIONS))
+    dtype, activation = data.draw(st.sampled_from(dtypes_of(backend))), data.draw(st.sampled_from(ACTIVATIONS))
     tensors, grad = make(op, lead, k, n, dtype, exact=True)
     for i, tensor in enumerate(tensors):
         if tensor.dim() == 2 and data.draw(st.booleans()):
