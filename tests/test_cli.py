@@ -47,7 +47,6 @@ def test_help_of_the_whole_imports_no_subcommand():
         ([*TRAIN, "--lr", "nan"], "argument --lr: wanted a positive number, got 'nan'"),
         ([*TRAIN, "--lr", "0"], "argument --lr: wanted a positive number, got '0'"),
         ([*TRAIN, "--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
-        ([*TRAIN, "--data", "a.csv", "--dataset", "b"], "not allowed with argument"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

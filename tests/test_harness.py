@@ -10,8 +10,10 @@ import transformers
 
 import fastlayers
 from fastlayers import cli
-from fastlayers.harness import check, loop
+from fastlayers.harness import check, data, loop, session
 from fastlayers.harness import text_classification as recipe
+from fastlayers.harness.config import Config
+from fastlayers.harness.dataset import Dataset
 
 
 @pytest.fixture(scope="session")
@@ -37,17 +39,18 @@ def two_classes(tmp_path_factory):
 
 @pytest.fixture
 def train(small_bert, two_classes, tmp_path, capsys):
-    """train(*options) -> (exit status, report.json, what was printed)"""
+    """train(*options) -> (exit status, report.json, what was printed); train.folder: where it is"""
 
     def run(*options):
-        common = ["--model", small_bert, "--data", two_classes, "--out", tmp_path, "--seq-len", 32, "--batch-size", 8]
+        run.folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        common = ["--model", small_bert, "--data", two_classes, "--out", run.folder, "--seq-len", 32, "--batch-size", 8]
         status = cli.main(["train", "text-classification", *map(str, [*common, *options])])
-        return status, json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+        return status, json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
 
     return run
 
 
-def test_compare_reports_both_and_proves_agreement(train, tmp_path):
+def test_compare_reports_both_and_proves_agreement(train):
     status, report, printed = train("--compare", "--steps", 6)
     assert status == 0
     for what in ("step_seconds", "accuracy", "macro_f1", "losses"):
@@ -59,7 +62,7 @@ def test_compare_reports_both_and_proves_agreement(train, tmp_path):
     assert report["data"]["bad_rows"] == ["line 82: no label in column 'label'"]
     assert report["config"]["seq_len"] == 32 and report["versions"]["torch"] == torch.__version__
     assert "agreement ok" in printed and "speed ratio" in printed and "1 left out: line 82" in printed
-    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (train.folder / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_default_model_and_data_in_a_short_form(tmp_path):
@@ -70,21 +73,21 @@ def test_the_default_model_and_data_in_a_short_form(tmp_path):
     assert report["data"]["train"] + report["data"]["test"] >= 1500 and len(report["data"]["classes"]) >= 8
 
 
-def test_training_learns_and_the_saved_model_predicts_the_same(train, tmp_path, two_classes):
+def test_training_learns_and_the_saved_model_predicts_the_same(train, two_classes):
     status, report, _ = train("--epochs", 12, "--lr", "3e-3")
     assert status == 0
     assert report["accuracy"] == {"fastlayers": 1.0} and "agreement" not in report and "speed_ratio" not in report
-    assert (tmp_path / "model" / "model.safetensors").is_file()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert (train.folder / "model" / "model.safetensors").is_file()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(train.folder / "model")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(train.folder / "model")
     inputs = tokenizer(["number 99 is a cat", "number 99 is a dog"], return_tensors="pt")
     predicted = model(**inputs).logits.argmax(-1).tolist()
     assert [model.config.id2label[label] for label in predicted] == ["cat", "dog"]
 
 
-def test_a_saved_model_can_be_trained_further(train, tmp_path):
+def test_a_saved_model_can_be_trained_further(train):
     train("--steps", 1)
-    status, report, _ = train("--model", tmp_path / "model", "--steps", 1, "--out", tmp_path)
+    status, report, _ = train("--model", train.folder / "model", "--steps", 1)
     assert status == 0 and report["steps"] == 1
 
 
@@ -93,18 +96,19 @@ def test_the_seed_decides_everything(train):
     assert curves[0] == curves[1] != curves[2]
 
 
-def test_freeze_base_trains_the_head_alone(train, tmp_path, small_bert):
+def test_freeze_base_trains_the_head_alone(train, small_bert):
     status, report, _ = train("--freeze-base", "--compare", "--steps", 4)
     assert status == 0 and report["agreement"]["ok"]
     before = transformers.BertModel.from_pretrained(small_bert, add_pooling_layer=True).state_dict()
-    after = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    after = transformers.AutoModelForSequenceClassification.from_pretrained(train.folder / "model")
     assert all(torch.equal(before[name], tensor) for name, tensor in after.bert.state_dict().items())
 
 
 def test_a_frozen_body_runs_without_dropout_and_without_autograd(small_bert):
-    config = recipe.Config(model=str(small_bert), freeze_base=True, lr=1e-2)
-    model, _ = recipe.pretrained(config, ["a", "b"])
-    run = recipe.start("frozen", model, torch.optim.AdamW, config, steps=3)
+    config = recipe.settle(recipe.Config(model=str(small_bert), freeze_base=True))
+    model, _ = recipe.pretrained(config, data.TextData("three", ["a", "b", "c"], [("one", 0)], [("two", 1)]))
+    run = loop.start("fastlayers", model, config, steps=3)
+    assert type(run.optimizer) is fastlayers.optim.FusedAdam
     assert model.dropout.training and not any(module.training for module in model.bert.modules())
     assert not model.bert(torch.ones(1, 4, dtype=torch.long)).pooler_output.requires_grad
     assert sum(len(group["params"]) for group in run.optimizer.param_groups) == 2
@@ -127,12 +131,13 @@ def test_check_steps_of_zero_proves_nothing_and_says_so(train):
 
 @pytest.fixture
 def models_and_batch(small_bert, two_classes):
-    config = recipe.Config(model=str(small_bert), data=str(two_classes), seq_len=32, batch_size=8, steps=1)
+    config = recipe.settle(recipe.Config(model=str(small_bert), data=str(two_classes), seq_len=32, batch_size=8))
     texts = recipe.read_texts(config)
-    model, tokenizer = recipe.pretrained(config, texts.labels)
+    model, tokenizer = recipe.pretrained(config, texts)
     swapped = copy.deepcopy(model)
     fastlayers.swap_(swapped)
-    batch = recipe.training_batches(recipe.encode(tokenizer, texts.train, 32, torch.device("cpu")), config)[0]
+    examples = recipe.encode(tokenizer, texts.train, 32, outputs=2)
+    batch = loop.select(examples, loop.batch_indices(len(texts.train), config, step=0), torch.device("cpu"))
     return model.train(), swapped.train(), batch
 
 
@@ -212,24 +217,28 @@ def test_dropout_masks_of_the_check_do_not_depend_on_the_dtype():
     assert 0.2 < 1 - masks[0].double().mean() < 0.3
 
 
-def test_runs_take_turns_and_see_the_same_seeds(small_bert):
+def test_runs_take_turns_and_see_the_same_seeds(tmp_path, monkeypatch):
     class Recorder(torch.nn.Module):
-        def __init__(self, name, seen):
+        def __init__(self):
             super().__init__()
-            self.weight, self.name, self.seen = torch.nn.Parameter(torch.ones(2, 2)), name, seen
+            self.weight, self.name = torch.nn.Parameter(torch.ones(2, 2)), "pytorch"
 
         def forward(self, input):
-            self.seen.append((self.name, torch.rand(()).item()))
-            return transformers.modeling_outputs.SequenceClassifierOutput(logits=input @ self.weight)
+            if self.training:
+                seen.append((self.name, torch.rand(()).item()))
+            return input @ self.weight
 
-    seen, config = [], recipe.Config(lr=1e-3)
-    runs = []
-    for name in ("pytorch", "fastlayers"):
-        model = Recorder(name, seen)
-        runs.append(recipe.start(name, model, torch.optim.AdamW, config, steps=4))
-    batch = {"input": torch.eye(2), "labels": torch.tensor([0, 1])}
-    with recipe.report.progress() as progress:
-        loop.train(runs, [batch] * 4, config, None, progress)
+    def swap(model):
+        model.name = "fastlayers"
+        return fastlayers.swap.SwapReport()
+
+    seen = []
+    monkeypatch.setattr(fastlayers, "swap_", swap)
+    examples = {"input": torch.eye(2), "labels": torch.tensor([0, 1])}
+    job = session.Job(
+        "two", Recorder(), Dataset("two", examples, examples, ["a", "b"], {"a": 1, "b": 1}), lambda *_: None, str
+    )
+    session.run(job, Config(compare=True, check_steps=0, batch_size=2, epochs=4, out=str(tmp_path)))
     assert [name for name, _ in seen] == ["pytorch", "fastlayers", "fastlayers", "pytorch"] * 2
     draws = {name: [draw for who, draw in seen if who == name] for name in ("pytorch", "fastlayers")}
     assert draws["pytorch"] == draws["fastlayers"] and len(set(draws["pytorch"])) == 4

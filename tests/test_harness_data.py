@@ -17,7 +17,7 @@ def stdlib():
 
 
 def test_stdlib_docstrings_are_many_balanced_and_distinct(stdlib):
-    sizes = data.class_sizes(stdlib)
+    sizes = stdlib.sizes
     examples = [text for text, _ in stdlib.train + stdlib.test]
     assert sorted(sizes) == sorted(data.STDLIB_FAMILIES)
     assert len(sizes) >= 8 and len(examples) >= 1500

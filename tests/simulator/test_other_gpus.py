@@ -11,9 +11,11 @@ from tests.backends import BACKENDS, SIMULATED
 
 FILES = {  # and which of their tests
     "test_adam.py": "cuda or triton",
+    "test_attention.py": "cuda",
     "test_attention_cuda.py": "",
-    "test_attention_decode.py": "cuda and (pages or several_tokens or long_caches)",
-    "test_linear_act.py": "cuda and not activation",
+    "test_attention_decode.py": "cuda",
+    "test_attention_packed.py": "cuda",
+    "test_linear_act.py": "cuda",
 }
 
 
