@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -46,6 +47,13 @@ def save(folder, runs, record):
 def whole_state(model):
     """The state_dict that one process alone would have; every process has to call this."""
     return get_model_state_dict(model, options=_whole())
+
+
+def put_back(model, state):
+    """Load what whole_state gave; every process has to call this."""
+    several = distributed.processes() > 1
+    options = StateDictOptions(full_state_dict=several, broadcast_from_rank0=several)
+    set_model_state_dict(model, state, options=options)
 
 
 def _whole():

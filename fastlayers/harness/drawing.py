@@ -9,8 +9,9 @@ from matplotlib.patches import FancyBboxPatch
 SWAPPED, KEPT = "#cfe5ee", "#eeeeee"
 
 
-def layers(model, batch):
-    """[(name, kind, output shape, parameters)] of the modules that run and call no other, as one example sees them."""
+def layers(model, batch, changed):
+    """[(name, kind, output shape, parameters)] as one example sees them, of the modules that call no other, and of
+    those in `changed` that do."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     seen, running, callers, hooks = {}, [], set(), []
 
@@ -41,14 +42,19 @@ def layers(model, batch):
             hook.remove()
         for module in was_training:
             module.training = True
-    return [layer for name, layer in seen.items() if name not in callers]
+    return [layer for name, layer in seen.items() if name not in callers or pattern(name) in changed]
+
+
+def pattern(name):
+    """The same for all layers of a stack: encoder.layer.*.output"""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def stacked(found):
     """The layers with those of a stack in one row: [((encoder.layer.*.output, kind, shape, parameters), how often)]"""
     rows = {}
     for name, *rest in found:
-        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) or "(model)", *rest)
+        key = (pattern(name) or "(model)", *rest)
         rows[key] = rows.get(key, 0) + 1
     return list(rows.items())
 
@@ -62,30 +68,38 @@ def swapped_names(swaps):
             names |= {f"{entry.name}.{child}".lstrip(".") for child in children}
         else:
             names.add(entry.name)
-    return {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names}
+    return {pattern(name) for name in names}
 
 
-def draw(model, job, swaps, path):
-    device = next(model.parameters()).device
-    batch = {name: tensor[:1].to(device) for name, tensor in job.data.test.items()}
-    rows = stacked(layers(model, batch))
-    changed = swapped_names(swaps)
-    figure = Figure(figsize=(9, 0.42 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axis("off")
-    kind = model.__dict__.get("_swapped_from", type(model))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    axes.set(xlim=(0, 1), ylim=(len(rows) + 0.2, -1.1), title=f"{kind.__name__}, {total:,} parameters")
-    for x, align, text in ((0.02, "left", "layer"), (0.78, "right", "output"), (0.98, "right", "parameters")):
-        axes.text(x, -0.45, text, weight="bold", ha=align, va="center")
-    for y, ((name, layer, shape, parameters), count) in enumerate(rows):
-        ours = any(name == one or name.startswith(f"{one}.") for one in changed)
+class Drawing:
+    """What is to be drawn of a model, taken down before the model is cut into shards."""
+
+    def __init__(self, model, example, swaps):
+        """example: {model input or "labels": (1, ...)}"""
+        self.kind = model.__dict__.get("_swapped_from", type(model)).__name__
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.swapped = swapped_names(swaps)
+        self.rows = stacked(layers(model, example, self.swapped))
+
+    def save(self, path):
+        figure = Figure(figsize=(9, 0.42 * len(self.rows) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        axes.axis("off")
+        axes.set(xlim=(0, 1), ylim=(len(self.rows) + 0.2, -1.1), title=f"{self.kind}, {self.parameters:,} parameters")
+        for x, align, text in ((0.02, "left", "layer"), (0.78, "right", "output"), (0.98, "right", "parameters")):
+            axes.text(x, -0.45, text, weight="bold", ha=align, va="center")
+        for y, row in enumerate(self.rows):
+            self._row(axes, y, *row)
+        note = "blue: runs on fastlayers' kernels; one example"
+        axes.text(0.02, -0.95, note, fontsize=8, color="#555555", va="center")
+        figure.savefig(path, dpi=144)
+
+    def _row(self, axes, y, layer, count):
+        name, kind, shape, parameters = layer
+        ours = any(name == one or name.startswith(f"{one}.") for one in self.swapped)
         box = {"facecolor": SWAPPED if ours else KEPT, "edgecolor": "none"}
         axes.add_patch(FancyBboxPatch((0.01, y + 0.1), 0.98, 0.66, boxstyle="round,pad=0,rounding_size=0.01", **box))
         times = f"  x {count}" if count > 1 else ""
-        axes.text(0.02, y + 0.45, f"{name}  ({layer}){times}", fontsize=9, va="center", parse_math=False)
-        sizes = " x ".join(map(str, shape[1:])) or "-"
-        axes.text(0.78, y + 0.45, sizes, fontsize=9, ha="right", va="center")
-        axes.text(0.98, y + 0.45, f"{parameters:,}" if parameters else "-", fontsize=9, ha="right", va="center")
-    axes.text(0.02, -0.95, "blue: runs on fastlayers' kernels; one example", fontsize=8, color="#555555", va="center")
-    figure.savefig(path, dpi=144)
+        says = (0.02, "left", f"{name}  ({kind}){times}"), (0.78, "right", " x ".join(map(str, shape[1:])) or "-")
+        for x, align, text in (*says, (0.98, "right", f"{parameters:,}" if parameters else "-")):
+            axes.text(x, y + 0.45, text, fontsize=9, ha=align, va="center", parse_math=False)

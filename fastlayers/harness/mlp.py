@@ -9,7 +9,7 @@ from torch import nn
 from fastlayers.harness import checkpoint, config, session
 from fastlayers.harness.dataset import Dataset, class_sizes
 
-FEATURES, HIDDEN, CLASSES = 1000, 10_000, ["left", "right"]
+FEATURES, CLASSES = 1000, ["left", "right"]
 
 
 @dataclass
@@ -18,11 +18,17 @@ class Config(config.Config):
     lr: float = 0.05
     epochs: int = 3
     examples: int = 4096
+    hidden: int = 10_000
+
+
+OPTIONS = {
+    "examples": (config.at_least(10), "N", "points that are drawn, one in five of them to test on"),
+    "hidden": (config.at_least(1), "N", "units of the hidden layer"),
+}
 
 
 def add_arguments(parser):
-    options = {"examples": (config.at_least(10), "N", "points that are drawn, one in five of them to test on")}
-    config.add_arguments(parser, Config, options)
+    config.add_arguments(parser, Config, OPTIONS)
 
 
 def make_data(count, seed):
@@ -40,9 +46,9 @@ def _parts(count):
     return slice(count // 5, count), slice(count // 5)
 
 
-def make_model(seed):
+def make_model(hidden, seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(CLASSES)))
+    return nn.Sequential(nn.Linear(FEATURES, hidden), nn.ReLU(), nn.Linear(hidden, len(CLASSES)))
 
 
 def save(model, state, folder):
@@ -53,5 +59,6 @@ def save(model, state, folder):
 def run(args):
     chosen = config.read(Config, args)
     data = make_data(chosen.examples, chosen.seed)
-    job = session.Job("mlp", make_model(chosen.seed), data, save, lambda index: data.test["input"][index].view(25, 40))
+    model = make_model(chosen.hidden, chosen.seed)
+    job = session.Job("mlp", model, data, save, lambda index: data.test["input"][index].view(25, 40).numpy())
     return session.run(job, chosen).status

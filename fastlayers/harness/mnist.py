@@ -35,7 +35,7 @@ def run(recipe, chosen, make_model):
     torch.manual_seed(chosen.seed)
     model = make_model(len(data.classes))
     augment = images.augment_batch if chosen.augment else None
-    job = session.Job(recipe, model, data, save, lambda index: data.test["input"][index, 0], augment)
+    job = session.Job(recipe, model, data, save, lambda index: data.test["input"][index, 0].numpy(), augment)
     result = session.run(job, chosen)
     if distributed.is_first():
         accuracy = load_and_evaluate(make_model(len(data.classes)), result, data, chosen)

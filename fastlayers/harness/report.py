@@ -16,7 +16,7 @@ from rich.text import Text
 
 import fastlayers
 from fastlayers import _native
-from fastlayers.harness import UserError, distributed, drawing, loop, plots
+from fastlayers.harness import UserError, distributed, loop, plots
 from fastlayers.harness.config import HARMLESS
 
 BAD_ROWS_SHOWN = 5
@@ -175,11 +175,11 @@ def versions():
     return found
 
 
-def show(found, logits, job, model, swaps, folder):
+def show(found, logits, job, drawing, folder):
     """Write report.json and the pictures, print the tables."""
     (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n")
     plots.all_of(found, logits, job, folder)
-    drawing.draw(model, job, swaps, folder / "model.png")
+    drawing.save(folder / "model.png")
     console.print(summary(found))
     if "agreement" in found:
         show_agreement(found["agreement"])

@@ -12,6 +12,7 @@ import fastlayers
 from fastlayers.harness import UserError, checkpoint, distributed, loop, metrics, report
 from fastlayers.harness.check import Agreement, check_step
 from fastlayers.harness.dataset import Dataset
+from fastlayers.harness.drawing import Drawing
 
 
 @dataclass
@@ -65,7 +66,7 @@ def settings(config):
 def _run(job, config, device):
     steps, per_epoch = count_steps(len(job.data.train["labels"]), config)
     folder = report.run_folder(job.recipe, config)
-    runs, swaps = start_runs(job.model.to(device), config, steps)
+    runs, swaps, picture = start_runs(job, config, device, steps)
     agreement = Agreement() if config.compare else None
     record = {"step": 0, "waited": 0, "agreement": None}
     report.announce(job, config, swaps, device)
@@ -104,7 +105,7 @@ def _run(job, config, device):
     state = checkpoint.whole_state(runs[-1].model)
     if distributed.is_first():
         job.save(runs[-1].model, state, folder / "model")
-        report.show(found, logits, job, runs[-1].model, swaps, folder)
+        report.show(found, logits, job, picture, folder)
     return Result(runs[-1].model, found, folder)
 
 
@@ -116,12 +117,14 @@ def count_steps(examples, config):
     return config.steps or config.epochs * per_epoch, per_epoch
 
 
-def start_runs(model, config, steps):
-    """[the run on fastlayers], with --compare behind the one on plain PyTorch; and what swap_ did."""
+def start_runs(job, config, device, steps):
+    """[the run on fastlayers], with --compare behind the one on plain PyTorch; what swap_ did; a drawing of it."""
+    model = job.model.to(device)
     swapped = copy.deepcopy(model) if config.compare else model
     swaps = fastlayers.swap_(swapped)
+    picture = Drawing(swapped, loop.select(job.data.test, torch.arange(1), device), swaps)
     runs = [loop.start("pytorch", model, config, steps)] if config.compare else []
-    return [*runs, loop.start("fastlayers", swapped, config, steps)], swaps
+    return [*runs, loop.start("fastlayers", swapped, config, steps)], swaps, picture
 
 
 def make_batch(job, config, step, device):
@@ -139,7 +142,7 @@ def evaluate(one, job, config, device, step):
 def final_logits(one, job, config, device):
     """Those of the model that is kept: with --patience the best, which is put back."""
     if one.best is not None:
-        one.model.load_state_dict(one.best)
+        checkpoint.put_back(one.model, one.best)
     elif one.logits is not None:
         return one.logits
     return loop.predict(one.model, job.data.test, config, device)[1]
@@ -154,4 +157,4 @@ def follow_best(runs, config, record):
     record["waited"] = 0 if improved else record["waited"] + 1
     if improved:
         for one in runs:
-            one.best = {name: tensor.detach().clone() for name, tensor in one.model.state_dict().items()}
+            one.best = checkpoint.unshared(checkpoint.whole_state(one.model))
