@@ -1,7 +1,7 @@
 """The `fastlayers` command: a table of subcommands.
 
-Each names a module with add_arguments(parser) and run(args) -> exit status, or with a COMMANDS table of its own, and
-the extra of the package that it needs, if any.
+Each names a module (or holds an object) with add_arguments(parser) and run(args) -> exit status, or with a COMMANDS
+table of its own, and the extra of the package that it needs, if any.
 """
 
 import argparse
@@ -15,6 +15,7 @@ COMMANDS = {
     "info": ("fastlayers.info", "what was built, and which backends can run on this machine", None),
     "verify": ("fastlayers.verify", "check every op, dtype and option against PyTorch on this machine", None),
     "train": ("fastlayers.harness.train", "train a recipe, on fastlayers or beside plain PyTorch", None),
+    "tune": ("fastlayers.harness.tune", "search for the options with which a recipe does best", "demo"),
     "bench": ("fastlayers.bench", "measure fastlayers against PyTorch on this machine", "bench"),
 }
 
@@ -34,6 +35,8 @@ def add_commands(parser, commands, arguments):
 
 
 def import_command(name, module, extra):
+    if not isinstance(module, str):
+        return module
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

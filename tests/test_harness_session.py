@@ -127,7 +127,11 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 
 # Several processes.
 
-SUMMED_OTHERWISE = {"rtol": 1e-4, "atol": 1e-6}  # float32 sums in another order, ten steps long
+SUMMED_OTHERWISE = 1e-4  # relative: float32 sums in another order, ten steps long
+
+
+def length_between(first, second):
+    return sum((first[name] - second[name]).square().sum() for name in first).sqrt().item()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -149,11 +153,10 @@ def test_two_processes_lose_what_one_does(parallel, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     got, trained = result(tmp_path / "two")
-    for ours, alone in (
-        (got["losses"]["fastlayers"], wanted["losses"]["fastlayers"]),
-        *zip(trained.values(), parameters.values()),
-    ):
-        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(alone), **SUMMED_OTHERWISE)
+    assert got["losses"]["fastlayers"] == pytest.approx(wanted["losses"]["fastlayers"], rel=SUMMED_OTHERWISE)
+    start = mlp.make_model(48, seed=0).state_dict()
+    moved, apart = (length_between(parameters, other) for other in (start, trained))
+    assert apart < 10 * SUMMED_OTHERWISE * moved  # Adam's first steps are as long where a gradient is nearly 0
     assert done.stdout.count("2 processes") == 1 and got["accuracy"] == wanted["accuracy"]
     more = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert more.returncode == 0 and same(result(tmp_path / "two")[1], trained), more.stderr[-4000:]

@@ -26,10 +26,9 @@ TITLES = {"macro_f1": "macro-F1", "auc": "AUC (ROC)", "test_loss": "test loss", 
 console = Console(highlight=False)
 
 
-def announce(job, config, swaps, device):
+def announce(job, config, swaps, picture, device):
     """What is about to be trained on what, and what swap_ did."""
     data = job.data
-    parameters = sum(parameter.numel() for parameter in job.model.parameters())
     trained, tested = len(data.train["labels"]), len(data.test["labels"])
     say("data", f"{data.source}: {trained} to train on, {tested} to test on")
     if data.sizes:
@@ -38,7 +37,7 @@ def announce(job, config, swaps, device):
     if data.bad_rows:
         more = "; ..." if len(data.bad_rows) > BAD_ROWS_SHOWN else ""
         say("bad rows", f"{len(data.bad_rows)} left out: {'; '.join(data.bad_rows[:BAD_ROWS_SHOWN])}{more}")
-    say("model", f"{type(job.model).__name__}, {parameters / 1e6:.1f} M parameters, {config.dtype}")
+    say("model", f"{picture.kind}, {picture.parameters / 1e6:.1f} M parameters, {config.dtype}")
     several = f", {distributed.processes()} processes ({config.parallel})" if distributed.processes() > 1 else ""
     say("device", f"{device}, {torch.get_num_threads()} threads, kernels: {kernels(device)}{several}")
     say("swapped", f"{len(swaps.swapped)} modules, {len(swaps.left)} left as they were (all named in report.json)")

@@ -39,6 +39,19 @@ class Result:
         return 0 if self.report.get("agreement", {"ok": True})["ok"] else 1
 
 
+_watching = []  # functions that want to see each evaluation of the run on fastlayers
+
+
+@contextmanager
+def watched_by(function):
+    """Within, function({"step", metric: value}) is called at each evaluation, and ends the run by raising."""
+    _watching.append(function)
+    try:
+        yield
+    finally:
+        _watching.pop()
+
+
 def run(job, config):
     """Train, evaluate, save and report."""
     device = distributed.start(config)
@@ -69,7 +82,7 @@ def _run(job, config, device):
     runs, swaps, picture = start_runs(job, config, device, steps)
     agreement = Agreement() if config.compare else None
     record = {"step": 0, "waited": 0, "agreement": None}
-    report.announce(job, config, swaps, device)
+    report.announce(job, config, swaps, picture, device)
     if config.resume:
         record |= checkpoint.load(folder, runs, lambda text: report.say("damaged", text))
         agreement = agreement and Agreement(**record["agreement"])
@@ -95,6 +108,8 @@ def _run(job, config, device):
                     evaluate(one, job, config, device, record["step"])
                 log.evaluation()
                 follow_best(runs, config, record)
+                for function in _watching:
+                    function(runs[-1].evaluations[-1])
             if record["step"] % (config.checkpoint_every or per_epoch) == 0 or record["step"] == steps:
                 checkpoint.save(folder, runs, record)
             losses = " / ".join(f"{one.losses[-1]:.3f}" for one in runs)
