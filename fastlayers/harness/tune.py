@@ -61,7 +61,7 @@ class Tune:
             if args.metric not in found:
                 raise UserError(f"--metric {args.metric}: the recipe's are {', '.join(set(found) - {'step'})}")
             seen.append(found[args.metric])
-            trial.report(seen[-1], found["step"])
+            trial.report(seen[-1], step=len(seen))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
