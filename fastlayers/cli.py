@@ -46,13 +46,16 @@ def import_command(name, module, extra):
         raise UserError(f'{name} needs {package}: pip install "fastlayers[{extra}]"') from error
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+def parse(arguments):
     parser = argparse.ArgumentParser(prog="fastlayers", description=fastlayers.__doc__)
     parser.add_argument("--version", action="version", version=f"fastlayers {fastlayers.__version__}")
+    add_commands(parser, COMMANDS, arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
     try:
-        add_commands(parser, COMMANDS, arguments)
-        args = parser.parse_args(arguments)
+        args = parse(sys.argv[1:] if arguments is None else list(arguments))
         return args.run(args)
     except UserError as error:
         print(f"fastlayers: {error}", file=sys.stderr)

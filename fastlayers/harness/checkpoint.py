@@ -37,8 +37,7 @@ def save(folder, runs, record):
     states = {run.name: get_state_dict(run.model, run.optimizer, options=_whole()) for run in runs}
     if distributed.is_first():
         target = folder / "checkpoints" / f"step-{record['step']:08d}"
-        if not target.exists():
-            _write(target, runs, states, record)
+        _write(target, runs, states, record)
         for old in _newest_first(folder)[KEPT:]:
             shutil.rmtree(old)
     distributed.wait()
@@ -78,6 +77,7 @@ def _write(target, runs, states, record):
     (partial / "state.json").write_text(json.dumps({**record, "runs": histories, "sha256": digests}))
     for path in (*partial.iterdir(), partial):
         _to_disk(path)
+    shutil.rmtree(target, ignore_errors=True)  # one that was damaged, and passed by
     partial.rename(target)
     _to_disk(target.parent)
 

@@ -83,6 +83,8 @@ def one_of(*names):
     return {"choices": names}
 
 
+YES_OR_NO = {"action": argparse.BooleanOptionalAction}
+
 OPTIONS = {  # field of Config -> how its argument is read, or {"choices": ...}; metavar; help
     "compare": (None, None, "train the unmodified PyTorch model beside it and prove that both agree"),
     "check_steps": (at_least(0), "N", "steps that --compare checks"),
@@ -124,7 +126,8 @@ def add_arguments(parser, kind, options=None):
             continue
         shown = f" (default: {default})" if default is not None else ""
         read_as = reader if isinstance(reader, dict) else {"type": reader}
-        parser.add_argument(flag, default=default, metavar=metavar, help=text + shown, **read_as)
+        read_as |= {"metavar": metavar} if metavar else {}
+        parser.add_argument(flag, default=default, help=text + shown, **read_as)
 
 
 def read(kind, args):

