@@ -406,8 +406,14 @@ def _cuda_reason(facts):
     return None
 
 
+def _triton_reason(facts):
+    if facts["dtype"] not in _KERNEL_DTYPES:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    return _head_dim_reason(facts) or backends.triton_reason(facts)
+
+
 for _op in ("attention", "varlen_attention"):
-    backends.register(_op, facts=_attention_facts, cpu=_cpu_reason, cuda=_cuda_reason)
+    backends.register(_op, facts=_attention_facts, cpu=_cpu_reason, cuda=_cuda_reason, triton=_triton_reason)
 
 
 # The compiled kernels: shapes without values, and gradients.
