@@ -2,7 +2,6 @@
 
 from triton import knobs
 
-from fastlayers.triton import tiles
 from fastlayers.triton.attention_inputs import padded
 from fastlayers.triton.tiles import Tile
 
