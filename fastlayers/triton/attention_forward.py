@@ -10,8 +10,8 @@ from fastlayers.triton.attention_rules import (
     edge_block,
     exponential,
     load_rows,
+    place_of,
     scores_of,
-    sequence_of,
     split_keys,
     store_rows,
 )
@@ -168,25 +168,23 @@ def forward_kernel(
     block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal head begin
     bh = tl.program_id(0) // blocks
     b, h = (bh // heads_q).to(tl.int64), (bh % heads_q).to(tl.int64)
-    first_q, first_k, seqlen_q, seqlen_k = sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
+    lengths = seqlen_q, seqlen_k, begin_offset, end_offset
+    first_q, first_k, place = place_of(b, cu_seqlens_q, cu_seqlens_k, *lengths, BOTTOM_RIGHT)
+    seqlen_q, seqlen_k = place[0], place[1]
     i_begin = block * BLOCK_M
     if i_begin >= seqlen_q:
         return
+    slope, head_mask = alibi_slopes, mask
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + b * stride_ab + h)
+    if mask is not None:
+        head_mask = mask + b * stride_mb + h * stride_mh
+    rules = scale, softcap, slope, head_mask, stride_mq, stride_mk
     rows = i_begin + tl.arange(0, BLOCK_M)
     query += b * stride_qb + h * stride_qh + first_q * stride_qs
     h_k = h // (heads_q // heads_k)
     key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
-    slope = None
-    if alibi_slopes is not None:
-        slope = tl.load(alibi_slopes + b * stride_ab + h)
-    if mask is not None:
-        mask += b * stride_mb + h * stride_mh
-    diagonal = 0
-    if BOTTOM_RIGHT:
-        diagonal = seqlen_k - seqlen_q
-    place = seqlen_q, seqlen_k, diagonal, diagonal + begin_offset, diagonal + end_offset
-    rules = scale, softcap, slope, mask, stride_mq, stride_mk
     sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION)
 
     q = load_rows(query, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, False)

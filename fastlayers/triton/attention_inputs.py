@@ -82,8 +82,12 @@ class Inputs:
         return shaped or self.query.dtype == torch.float32
 
     def dense(self):
-        """With rows that are dense: the kernels copy nothing, and read no strides between columns."""
-        return replace(self, **{name: dense(getattr(self, name)) for name in ("query", "key", "value")})
+        """With the last dimension of everything dense, by copies where it is not: the kernels take no strides there."""
+        tables = ("alibi_slopes", "sinks", "dropout_rng", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "page_table")
+        small = {name: getattr(self, name) for name in tables}
+        changes = {name: tensor.contiguous() for name, tensor in small.items() if tensor is not None}
+        changes |= {name: dense(getattr(self, name)) for name in ("query", "key", "value")}
+        return replace(self, **changes)
 
 
 def dense(tensor):
@@ -171,42 +175,55 @@ def check(inputs):
     dims = 3 if inputs.packed else 4
     for name in ("query", "key", "value"):
         tensor = getattr(inputs, name)
-        _require(tensor.dim() == dims, f"{name} needs {dims} dimensions, got {tensor.dim()}")
-        _require(tensor.dtype == query.dtype and tensor.dtype in _DTYPES, f"{name} has dtype {tensor.dtype}")
-        _require(tensor.device == query.device, f"{name} has to be on the query's device")
-        _require(1 <= tensor.shape[-1] <= 256, f"head_dim has to be 1 to 256, {name} has {tensor.shape[-1]}")
+        require(tensor.dim() == dims, f"{name} needs {dims} dimensions, got {tensor.dim()}")
+        require(tensor.dtype == query.dtype and tensor.dtype in _DTYPES, f"{name} has dtype {tensor.dtype}")
+        require(tensor.device == query.device, f"{name} has to be on the query's device")
+        require(1 <= tensor.shape[-1] <= 256, f"head_dim has to be 1 to 256, {name} has {tensor.shape[-1]}")
     rows, paged = 0 if inputs.packed else 2, inputs.page_table is not None
-    _require(key.shape[-1] == query.shape[-1], f"key has head_dim {key.shape[-1]}, query has {query.shape[-1]}")
+    require(key.shape[-1] == query.shape[-1], f"key has head_dim {key.shape[-1]}, query has {query.shape[-1]}")
     heads = inputs.heads, inputs.heads_k
     fits = heads[0] % heads[1] == 0 if heads[1] else heads[0] == 0
-    _require(fits, f"the query's {heads[0]} heads are not a multiple of the key's {heads[1]}")
-    _require(value.shape[1] == heads[1], f"value has {value.shape[1]} heads, key has {heads[1]}")
-    _require(value.shape[rows] == key.shape[rows], f"value has seqlen {value.shape[rows]}, key has {key.shape[rows]}")
+    require(fits, f"the query's {heads[0]} heads are not a multiple of the key's {heads[1]}")
+    require(value.shape[1] == heads[1], f"value has {value.shape[1]} heads, key has {heads[1]}")
+    require(value.shape[rows] == key.shape[rows], f"value has seqlen {value.shape[rows]}, key has {key.shape[rows]}")
     if not inputs.packed:
-        _require(value.shape[0] == key.shape[0], "key and value need one batch size")
-        _require(paged or key.shape[0] == query.shape[0], "query and key need one batch size")
+        require(value.shape[0] == key.shape[0], "key and value need one batch size")
+        require(paged or key.shape[0] == query.shape[0], "query and key need one batch size")
     _check_lengths(inputs)
     _check_options(inputs)
+
+
+def check_results(inputs, grad_out, grad_lse, out, lse):
+    """out, lse and their gradients as they belong to these inputs."""
+    query = inputs.query
+    shape = (*query.shape[:-1], inputs.head_dims[1])
+    for tensor in (grad_out, out):
+        fits = tuple(tensor.shape) == shape and tensor.dtype == query.dtype and tensor.device == query.device
+        require(fits, f"out and its gradient have to be {shape}, {query.dtype}")
+    shape = (query.shape[1], query.shape[0]) if inputs.packed else tuple(query.shape[:3])
+    for tensor in (lse,) if grad_lse is None else (lse, grad_lse):
+        fits = tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.device == query.device
+        require(fits, f"lse and its gradient have to be {shape}, float32")
 
 
 def _check_lengths(inputs):
     """The values are read by the kernels alone."""
     cu_seqlens_q, cu_seqlens_k = inputs.cu_seqlens_q, inputs.cu_seqlens_k
-    _require((cu_seqlens_q is None) == (cu_seqlens_k is None), "cu_seqlens_q and cu_seqlens_k come together")
+    require((cu_seqlens_q is None) == (cu_seqlens_k is None), "cu_seqlens_q and cu_seqlens_k come together")
     if inputs.packed:
         size = cu_seqlens_q.shape[:1]
-        _require(len(size) == 1 and size[0] >= 1, "cu_seqlens_q has to be (B + 1,)")
+        require(len(size) == 1 and size[0] >= 1, "cu_seqlens_q has to be (B + 1,)")
         _check_tensor(inputs, "cu_seqlens_q", torch.int32, size)
         _check_tensor(inputs, "cu_seqlens_k", torch.int32, size)
-        _require(min(inputs.max_seqlen_q, inputs.max_seqlen_k) >= 0, "a negative max_seqlen")
-        _require(inputs.attn_mask is None, "packed sequences take no attn_mask")
+        require(min(inputs.max_seqlen_q, inputs.max_seqlen_k) >= 0, "a negative max_seqlen")
+        require(inputs.attn_mask is None, "packed sequences take no attn_mask")
     if inputs.page_table is not None:
         _check_tensor(inputs, "page_table", torch.int32, (inputs.batch, *inputs.page_table.shape[1:2]))
-        _require(inputs.page_table.dim() == 2 and inputs.key.shape[2] >= 1, "pages need a row at least")
+        require(inputs.page_table.dim() == 2 and inputs.key.shape[2] >= 1, "pages need a row at least")
     if inputs.cache_seqlens is not None:
         _check_tensor(inputs, "cache_seqlens", torch.int32, (inputs.batch,))
     longest = max(inputs.seqlen_q, inputs.seqlen_k)
-    _require(longest < FAR, f"a sequence of {longest} is longer than the {FAR - 1} that the kernels count")
+    require(longest < FAR, f"a sequence of {longest} is longer than the {FAR - 1} that the kernels count")
 
 
 def _check_options(inputs):
@@ -216,24 +233,24 @@ def _check_options(inputs):
         _check_tensor(inputs, "alibi_slopes", torch.float32, batched)
     if inputs.sinks is not None:
         _check_tensor(inputs, "sinks", torch.float32, (heads,))
-    _require(0 <= dropout_p <= 1, f"dropout_p = {dropout_p}")
-    _require(dropout_p == 0 or inputs.dropout_rng is not None, "dropout needs dropout_rng")
+    require(0 <= dropout_p <= 1, f"dropout_p = {dropout_p}")
+    require(dropout_p == 0 or inputs.dropout_rng is not None, "dropout needs dropout_rng")
     if inputs.dropout_rng is not None:
         _check_tensor(inputs, "dropout_rng", torch.int64, (2,))
     mask = inputs.attn_mask
     if mask is not None:
-        _require(mask.dim() == 4 and mask.device == query.device, "attn_mask needs four dimensions, beside the query")
-        _require(mask.dtype in (torch.bool, *_DTYPES), f"attn_mask has dtype {mask.dtype}")
+        require(mask.dim() == 4 and mask.device == query.device, "attn_mask needs four dimensions, beside the query")
+        require(mask.dtype in (torch.bool, *_DTYPES), f"attn_mask has dtype {mask.dtype}")
         full = (*query.shape[:3], inputs.seqlen_k)
-        _require(all(n in (1, size) for n, size in zip(mask.shape, full)), f"attn_mask {tuple(mask.shape)} for {full}")
+        require(all(n in (1, size) for n, size in zip(mask.shape, full)), f"attn_mask {tuple(mask.shape)} for {full}")
 
 
 def _check_tensor(inputs, name, dtype, shape):
     tensor = getattr(inputs, name)
     fits = tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype and tensor.device == inputs.query.device
-    _require(fits, f"{name} has to be {tuple(shape)}, {dtype}, got {tuple(tensor.shape)}, {tensor.dtype}")
+    require(fits, f"{name} has to be {tuple(shape)}, {dtype}, got {tuple(tensor.shape)}, {tensor.dtype}")
 
 
-def _require(condition, message):
+def require(condition, message):
     if not condition:
         raise ValueError(f"attention: {message}")

@@ -14,15 +14,18 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sequence_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k):
-    """(rows before sequence b in q, in k, its length in q, in k)."""
+def place_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, begin_offset, end_offset, BOTTOM_RIGHT: tl.constexpr):
+    """(rows before sequence b in q, in k, place): place is what scores_of wants to know of it."""
     first_q = tl.full((), 0, tl.int64)
     first_k = tl.full((), 0, tl.int64)
     if cu_seqlens_q is not None:
         begin_q, begin_k = tl.load(cu_seqlens_q + b), tl.load(cu_seqlens_k + b)
         seqlen_q, seqlen_k = tl.load(cu_seqlens_q + b + 1) - begin_q, tl.load(cu_seqlens_k + b + 1) - begin_k
         first_q, first_k = begin_q.to(tl.int64), begin_k.to(tl.int64)
-    return first_q, first_k, seqlen_q, seqlen_k
+    diagonal = seqlen_q * 0
+    if BOTTOM_RIGHT:
+        diagonal = seqlen_k - seqlen_q
+    return first_q, first_k, (seqlen_q, seqlen_k, diagonal, diagonal + begin_offset, diagonal + end_offset)
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def scores_of(
 
 @triton.jit
 def exponential(x, NATURAL: tl.constexpr, EXACT: tl.constexpr):
-    """2^x, or e^x where NATURAL; x is below 1 or NaN. EXACT: as accurate as float32 is, whose x log2(e) would not be."""
+    """2^x, or e^x where NATURAL; x is below 1 or NaN. EXACT: to float32's last bits, which x log2(e) would lose."""
     if EXACT:
         tl.static_assert(NATURAL)
         x = tl.where(x < -128.0, -128.0, x)  # whose e^x is 0
@@ -137,8 +140,8 @@ def exponential(x, NATURAL: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def dropout_keep(rng, threshold, bh, rows, first_key, KEYS: tl.constexpr):
-    """(rows, KEYS), True where an entry is kept: the decisions of csrc/common/philox.h from key `first_key` on, which is
-    a multiple of KEYS. Eight neighbouring counters decide over 64 keys."""
+    """(rows, KEYS), True where an entry is kept: the decisions of csrc/common/philox.h from key `first_key` on, which
+    is a multiple of KEYS. Eight neighbouring counters decide over 64 keys."""
     tl.static_assert(KEYS % 64 == 0 or KEYS == 32 or KEYS == 16)
     GROUPS: tl.constexpr = max(KEYS // 64, 1)
     ROWS: tl.constexpr = rows.shape[0]

@@ -8,7 +8,7 @@ from fastlayers.triton.tiles import Tile
 _INTERPRETER = (128, 64, 4, 1)
 
 
-def choose(kind, inputs, length, programs, measure=None):
+def choose(kind, inputs, programs, measure=None):
     """The tile for a kernel of this kind: rows x columns of the scores."""
     dim = max(padded(n) for n in inputs.head_dims)
     rows, columns, warps, stages = _INTERPRETER

@@ -1,0 +1,143 @@
+"""The gradient of an additive mask: that of the scores, summed up over what the mask is broadcast along."""
+
+import triton
+import triton.language as tl
+
+from fastlayers.triton.attention_backward import load_lse, row_tile
+from fastlayers.triton.attention_rules import load_rows, place_of
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "threshold", "batch"])
+def mask_gradient_kernel(
+    query,
+    key,
+    value,
+    mask,
+    alibi_slopes,
+    sinks,
+    rng,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    grad_out,
+    lse,
+    delta,
+    share,
+    dmask,  # (1 or B, 1 or Hq, 1 or Sq, 1 or Sk) float32, dense
+    batch,
+    heads_q,
+    heads_k,
+    seqlen_q,
+    seqlen_k,
+    begin_offset,
+    end_offset,
+    threshold,
+    scale,
+    softcap,
+    kept_scale,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_lb,
+    stride_lh,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    MASK_BATCH: tl.constexpr,  # whether the mask has this dimension, or is broadcast along it
+    MASK_HEADS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program per BLOCK_M x BLOCK_N of the mask, in which it adds up in order."""
+    blocks_m, blocks_n = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
+    place_in_mask = tl.program_id(0)
+    n_begin, n_end = tl.full((), 0, tl.int32), blocks_n
+    if MASK_KEYS:
+        n_begin = place_in_mask % blocks_n
+        n_end = n_begin + 1
+        place_in_mask = place_in_mask // blocks_n
+    m_begin, m_end = tl.full((), 0, tl.int32), blocks_m
+    if MASK_ROWS:
+        m_begin = place_in_mask % blocks_m
+        m_end = m_begin + 1
+        place_in_mask = place_in_mask // blocks_m
+    h_begin, h_end = tl.full((), 0, tl.int32), heads_q
+    if MASK_HEADS:
+        h_begin = place_in_mask % heads_q
+        h_end = h_begin + 1
+        place_in_mask = place_in_mask // heads_q
+    b_begin, b_end = tl.full((), 0, tl.int32), batch
+    if MASK_BATCH:
+        b_begin = place_in_mask
+        b_end = b_begin + 1
+
+    lengths = seqlen_q, seqlen_k, begin_offset, end_offset
+    _, _, place = place_of(0, cu_seqlens_q, cu_seqlens_k, *lengths, BOTTOM_RIGHT)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    zero = tl.full((), 0, tl.int64)
+    for batch_index in range(b_begin, b_end):
+        for head in range(h_begin, h_end):
+            b, h = zero + batch_index, zero + head
+            slope, head_mask = alibi_slopes, mask
+            if alibi_slopes is not None:
+                slope = tl.load(alibi_slopes + b * stride_ab + h)
+            if mask is not None:
+                head_mask = mask + b * stride_mb + h * stride_mh
+            rules = scale, softcap, slope, head_mask, stride_mq, stride_mk
+            h_k = h // (heads_q // heads_k)
+            k_at = key + b * stride_kb + h_k * stride_kh
+            v_at = value + b * stride_vb + h_k * stride_vh
+            statistics = b * stride_lb + h * stride_lh
+            for m in range(m_begin, m_end):
+                rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+                q_at = query + b * stride_qb + h * stride_qh
+                q = load_rows(q_at, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, False)
+                g_at = grad_out + b * stride_gb + h * stride_gh
+                dout = load_rows(g_at, rows, seqlen_q, stride_gs, HEAD_DIM_V, BLOCK_DV, False)
+                row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
+                row_delta = tl.load(delta + statistics + rows, mask=rows < seqlen_q, other=0.0)
+                row_share = tl.load(share + statistics + rows, mask=rows < seqlen_q, other=0.0)
+                for n in range(n_begin, n_end):
+                    start = n * BLOCK_N
+                    if (start < (m + 1) * BLOCK_M - 1 + place[4]) & (start + BLOCK_N > m * BLOCK_M + place[3]):
+                        operands = row_share, q, dout, k_at, v_at, start, rows, row_lse
+                        rest = kept_scale, stride_ks, stride_vs, rng, threshold, b * heads_q + h
+                        sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION)
+                        p, dp, _, _ = row_tile(*operands, *rest, *place, *rules, NATURAL, False, *sizes)
+                        total += p * (dp - row_delta[:, None])
+
+    matrix = zero
+    if MASK_BATCH:
+        matrix += b_begin
+    if MASK_HEADS:
+        matrix = matrix * heads_q + h_begin
+    rows = m_begin * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = n_begin * BLOCK_N + tl.arange(0, BLOCK_N)
+    if MASK_ROWS and MASK_KEYS:
+        at = (matrix * seqlen_q + rows[:, None]) * seqlen_k + keys[None, :]
+        tl.store(dmask + at, total, mask=(rows[:, None] < seqlen_q) & (keys[None, :] < seqlen_k))
+    elif MASK_ROWS:
+        tl.store(dmask + matrix * seqlen_q + rows, tl.sum(total, 1), mask=rows < seqlen_q)
+    elif MASK_KEYS:
+        tl.store(dmask + matrix * seqlen_k + keys, tl.sum(total, 0), mask=keys < seqlen_k)
+    else:
+        tl.store(dmask + matrix, tl.sum(tl.sum(total, 1), 0))
