@@ -24,14 +24,21 @@ from fastlayers.triton.attention_mask_gradient import mask_gradient_kernel
 from fastlayers.triton.launch import is_real, operator, wrap_triton
 
 
-def _launch(kernel, kind, inputs, programs, **operands):
-    """Launch a kernel; kind: what its tile is for; programs: function(tile)."""
+def _launch(kernel, kind, inputs, programs, columns=0, **operands):
+    """Launch a kernel.
+
+    kind: what its tile is for; programs: function(tile); columns: of the output, as many as tile.inner per program
+    """
+
+    def grid(tile):
+        return programs(tile), max(triton.cdiv(columns, tile.inner), 1)
 
     def launch(tile):
-        wrap_triton(kernel)[(programs(tile),)](**arguments(inputs), **operands, **tiles.constants(tile))
+        wrap_triton(kernel)[grid(tile)](**arguments(inputs), **operands, **tiles.constants(tile))
 
     with torch.cuda.device_of(inputs.query):  # Triton launches on the current GPU
-        launch(tiles.choose(kind, inputs, programs, launch if is_real(inputs.query) else None))
+        measure = launch if is_real(inputs.query) else None
+        launch(tiles.choose(kind, inputs, lambda tile: math.prod(grid(tile)), measure))
 
 
 def _row_blocks(inputs):
@@ -80,7 +87,7 @@ def attention_forward(
         lse.fill_(float("-inf"))
     if out.numel():
         operands = {"out": out, "lse": lse, **_named("o", strides(out)), **_named("l", lse_strides(inputs))}
-        _launch(forward_kernel, "forward", inputs.dense(), _row_blocks(inputs), **operands)
+        _launch(forward_kernel, "forward", inputs.dense(), _row_blocks(inputs), value.shape[-1], **operands)
     return out, lse
 
 
@@ -148,16 +155,26 @@ def _differentiate(inputs, grad_out, grad_lse, out, lse, gradients, dmask):
     shared = {"grad_out": grad_out, **rows, **_named("g", strides(grad_out)), **_named("l", lse_strides(inputs))}
     operands = {"out": out, "grad_lse": grad_lse, "dquery": dquery}
     operands |= {**_named("o", strides(out)), **_named("d", strides(dquery))}
-    _launch(query_gradient_kernel, "query_gradient", inputs, _row_blocks(inputs), **shared, **operands)
+    _launch(
+        query_gradient_kernel, "query_gradient", inputs, _row_blocks(inputs), inputs.head_dims[0], **shared, **operands
+    )
     if inputs.seqlen_k:
         operands = {"dkey": dkey, "dvalue": dvalue, **_named("x", strides(dkey)), **_named("y", strides(dvalue))}
-        _launch(key_gradient_kernel, "key_gradient", inputs, _key_blocks(inputs), **shared, **operands)
+        _launch(
+            key_gradient_kernel,
+            "key_gradient",
+            inputs,
+            _key_blocks(inputs),
+            max(inputs.head_dims),
+            **shared,
+            **operands,
+        )
     if dmask.numel() and inputs.seqlen_k:
         full = (*inputs.query.shape[:3], inputs.seqlen_k)
         has = [size == wanted for size, wanted in zip(dmask.shape, full)]
         operands = {"dmask": dmask, "batch": inputs.batch}
         operands |= dict(zip(("MASK_BATCH", "MASK_HEADS", "MASK_ROWS", "MASK_KEYS"), has))
-        _launch(mask_gradient_kernel, "query_gradient", inputs, _mask_blocks(inputs, has), **shared, **operands)
+        _launch(mask_gradient_kernel, "mask_gradient", inputs, _mask_blocks(inputs, has), **shared, **operands)
     return tuple(rows.values())
 
 

@@ -17,6 +17,7 @@ from fastlayers.triton.attention_rules import (
     exponential,
     load_rows,
     place_of,
+    products_of,
     scores_of,
     split_keys,
     split_queries,
@@ -73,14 +74,18 @@ def probabilities(
 @triton.jit
 def row_tile(
     share,
+    start,
     q,
     dout,
+    query,
+    grad_out,
     key,
     value,
-    start,
     rows,
     lse,
     kept_scale,
+    stride_qs,
+    stride_gs,
     stride_ks,
     stride_vs,
     rng,
@@ -104,15 +109,17 @@ def row_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """probabilities(...) of these rows and BLOCK_N keys from `start` on, and k."""
+    """probabilities(...) of these rows and BLOCK_N keys from `start` on, and the first INNER columns of the keys."""
     keys = start + tl.arange(0, BLOCK_N)
-    zero = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    k = load_rows(key, keys, seqlen_k, stride_ks, HEAD_DIM, BLOCK_D, WHOLE)
-    v = load_rows(value, keys, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_DV, WHOLE)
-    products = dot(q, tl.trans(k), zero, PRECISION)
-    dp = dot(dout, tl.trans(v), zero, PRECISION)
+    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    v = load_rows(value, keys, seqlen_k, stride_vs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
+    products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
+    operands = dout, v, grad_out, rows, seqlen_q, stride_gs, value, keys, seqlen_k, stride_vs
+    dp = products_of(*operands, HEAD_DIM_V, BLOCK_DV, INNER, WHOLE, PRECISION)
     keep = None
     if rng is not None:
         keep = dropout_keep(rng, threshold, bh, rows, start, BLOCK_N)
@@ -188,8 +195,11 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """dq[i] = scale sum_j ds[i, j] k[j]; one program per (batch, query head, BLOCK_M rows)."""
+    """dq[i] = scale sum_j ds[i, j] k[j]; one program per (batch, query head, BLOCK_M rows) and INNER columns of dq."""
+    COLUMNS: tl.constexpr = min(BLOCK_D, INNER)
+    column = tl.program_id(1) * INNER
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal head begin
     bh = tl.program_id(0) // blocks
@@ -215,49 +225,58 @@ def query_gradient_kernel(
     out += b * stride_ob + h * stride_oh + first_q * stride_os
     statistics = b * stride_lb + h * stride_lh + first_q
 
-    q = load_rows(query, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, False)
-    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, HEAD_DIM_V, BLOCK_DV, False)
-    o = load_rows(out, rows, seqlen_q, stride_os, HEAD_DIM_V, BLOCK_DV, False)
+    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
+    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
     row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
-    row_delta = tl.sum(dout.to(tl.float32) * o.to(tl.float32), 1)
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION)
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
     i_end = tl.minimum(i_begin + BLOCK_M, seqlen_q)
     first, full_begin, full_end, edges = split_keys(i_begin, i_end, place[3], place[4], seqlen_k, BLOCK_N)
+    operands = q, dout, query, grad_out, key, value, rows, row_lse, kept_scale
+    rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, bh
     row_share = share
-    if share is not None:
+    if share is None:
+        o = load_rows(out, rows, seqlen_q, stride_os, 0, HEAD_DIM_V, BLOCK_DV, False)
+        do = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, BLOCK_DV, False)
+        row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    else:
         mass = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(first, full_end + (edges - (full_begin - first) // BLOCK_N) * BLOCK_N, BLOCK_N):
-            operands = q, dout, key, value, start, rows, row_lse, kept_scale, stride_ks, stride_vs
-            p, dp, _, _ = row_tile(None, *operands, rng, threshold, bh, *place, *rules, NATURAL, False, *sizes)
+            p, dp, _, _ = row_tile(None, start, *operands, *rest, *place, *rules, NATURAL, False, *sizes)
             mass += tl.sum(p, 1)
             sums += tl.sum(p * dp, 1)
         if sinks is not None:
             mass += exponential(tl.load(sinks + h) - row_lse, NATURAL, True)
         row_share = 1.0 / tl.where(mass == 0.0, 1.0, mass)
         row_delta = sums * row_share
-        tl.store(share + statistics + rows, row_share, mask=rows < seqlen_q)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + statistics + rows, mask=rows < seqlen_q, other=0.0)
-    tl.store(delta + statistics + rows, row_delta, mask=rows < seqlen_q)
+    if column == 0:
+        tl.store(delta + statistics + rows, row_delta, mask=rows < seqlen_q)
+        if share is not None:
+            tl.store(share + statistics + rows, row_share, mask=rows < seqlen_q)
 
-    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     if mask is not None:
         edges += (full_end - full_begin) // BLOCK_N
         full_end = full_begin
     else:
         for start in range(full_begin, full_end, BLOCK_N):
-            operands = q, dout, key, value, start, rows, row_lse, kept_scale, stride_ks, stride_vs
-            p, dp, curve, k = row_tile(row_share, *operands, rng, threshold, bh, *place, *rules, NATURAL, True, *sizes)
+            p, dp, curve, k = row_tile(row_share, start, *operands, *rest, *place, *rules, NATURAL, True, *sizes)
+            if COLUMNS < BLOCK_D:
+                keys = start + tl.arange(0, BLOCK_N)
+                k = load_rows(key, keys, seqlen_k, stride_ks, column, HEAD_DIM, COLUMNS, True)
             total = dot(narrow(p * (dp - row_delta[:, None]) * curve, k.dtype), k, total, PRECISION)
     for index in range(edges):
         start = edge_block(index, first, full_begin, full_end, BLOCK_N)
-        operands = q, dout, key, value, start, rows, row_lse, kept_scale, stride_ks, stride_vs
-        p, dp, curve, k = row_tile(row_share, *operands, rng, threshold, bh, *place, *rules, NATURAL, False, *sizes)
+        p, dp, curve, k = row_tile(row_share, start, *operands, *rest, *place, *rules, NATURAL, False, *sizes)
+        if COLUMNS < BLOCK_D:
+            keys = start + tl.arange(0, BLOCK_N)
+            k = load_rows(key, keys, seqlen_k, stride_ks, column, HEAD_DIM, COLUMNS, False)
         total = dot(narrow(p * (dp - row_delta[:, None]) * curve, k.dtype), k, total, PRECISION)
     total *= scale if NATURAL else scale * LN2
     dquery += b * stride_db + h * stride_dh + first_q * stride_ds
-    store_rows(dquery, narrow(total, q.dtype), rows, seqlen_q, stride_ds, HEAD_DIM, BLOCK_D)
+    store_rows(dquery, total, rows, seqlen_q, stride_ds, column, HEAD_DIM, COLUMNS)
 
 
 @triton.jit
@@ -269,6 +288,11 @@ def _add_queries(
     start,
     k,
     v,
+    key,
+    value,
+    column,
+    stride_ks,
+    stride_vs,
     query,
     grad_out,
     lse,
@@ -303,14 +327,15 @@ def _add_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(dk, dv) with BLOCK_M rows from `start` on. Scores are turned, (keys, rows): as operands of both sums."""
     rows = start + tl.arange(0, BLOCK_M)
     inside = rows < seqlen_q
     member += tl.full((), 0, tl.int64)
-    q = load_rows(query + member * stride_qh, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, WHOLE)
-    dout = load_rows(grad_out + member * stride_gh, rows, seqlen_q, stride_gs, HEAD_DIM_V, BLOCK_DV, WHOLE)
+    query += member * stride_qh
+    grad_out += member * stride_gh
     statistics = member * stride_lh
     slope, head_mask = alibi_slopes, mask
     if alibi_slopes is not None:
@@ -325,9 +350,12 @@ def _add_queries(
     keep = None
     if rng is not None:
         keep = tl.trans(dropout_keep(rng, threshold, bh + member, rows, first_key, keys.shape[0]))
-    zero = tl.zeros((keys.shape[0], BLOCK_M), tl.float32)
-    products = dot(k, tl.trans(q), zero, PRECISION)
-    dp = dot(v, tl.trans(dout), zero, PRECISION)
+    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    operands = k, q, key, keys, seqlen_k, stride_ks, query, rows, seqlen_q, stride_qs
+    products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
+    operands = v, dout, value, keys, seqlen_k, stride_vs, grad_out, rows, seqlen_q, stride_gs
+    dp = products_of(*operands, HEAD_DIM_V, BLOCK_DV, INNER, WHOLE, PRECISION)
     rest = products, dp, rows[None, :], keys[:, None], row_lse[None, :], kept_scale
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
     rules = scale, softcap, slope, head_mask, stride_mq, stride_mk
@@ -336,6 +364,9 @@ def _add_queries(
     ds = p * (dp - row_delta[None, :]) * curve
     if keep is not None:
         p = tl.where(keep, p, 0.0)
+    if max(BLOCK_D, BLOCK_DV) > INNER:
+        dout = load_rows(grad_out, rows, seqlen_q, stride_gs, column, HEAD_DIM_V, dv.shape[1], WHOLE)
+        q = load_rows(query, rows, seqlen_q, stride_qs, column, HEAD_DIM, dk.shape[1], WHOLE)
     dv = dot(narrow(p, v.dtype), dout, dv, PRECISION)
     dk = dot(narrow(ds, k.dtype), q, dk, PRECISION)
     return dk, dv
@@ -402,9 +433,13 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """dk[j] = scale sum_i ds[i, j] q[i], dv[j] = sum_i dropout(p[i, j]) do[i] over all query heads of the key's;
-    one program per (batch, key head, BLOCK_N keys)."""
+    one program per (batch, key head, BLOCK_N keys) and INNER columns of both."""
+    column = tl.program_id(1) * INNER
+    COLUMNS: tl.constexpr = min(BLOCK_D, INNER)
+    COLUMNS_V: tl.constexpr = min(BLOCK_DV, INNER)
     blocks = tl.cdiv(seqlen_k, BLOCK_N)
     block = tl.program_id(0) % blocks
     bh_k = tl.program_id(0) // blocks
@@ -418,10 +453,10 @@ def key_gradient_kernel(
     keys = j_begin + tl.arange(0, BLOCK_N)
     key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
-    k = load_rows(key, keys, seqlen_k, stride_ks, HEAD_DIM, BLOCK_D, False)
-    v = load_rows(value, keys, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_DV, False)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, COLUMNS, False)
+    v = load_rows(value, keys, seqlen_k, stride_vs, 0, HEAD_DIM_V, COLUMNS_V, False)
+    dk = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+    dv = tl.zeros((BLOCK_N, COLUMNS_V), tl.float32)
     j_end = tl.minimum(j_begin + BLOCK_N, seqlen_k)
     first, full_begin, full_end, edges = split_queries(j_begin, j_end, place[3], place[4], seqlen_q, BLOCK_M)
     if mask is not None:
@@ -440,22 +475,25 @@ def key_gradient_kernel(
         alibi_slopes += b * stride_ab + h
     if mask is not None:
         mask += b * stride_mb + h * stride_mh
+    tiles = k, v, key, value, column, stride_ks, stride_vs
     heads = query, grad_out, lse, delta, stride_qh, stride_gh, stride_lh, stride_mh, stride_qs, stride_gs
     rest = keys, j_begin, kept_scale, rng, threshold, b * heads_q + h
     rules = scale, softcap, alibi_slopes, mask, stride_mq, stride_mk
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_D, BLOCK_DV, PRECISION)
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_D, BLOCK_DV, INNER, PRECISION)
     if mask is None:
         blocks_m = (full_end - full_begin) // BLOCK_M
         for index in range(blocks_m * group):  # one loop for all heads: two, nested, take too many registers
             member, start = index // blocks_m, full_begin + index % blocks_m * BLOCK_M
             dk, dv = _add_queries(
-                dk, dv, share, member, start, k, v, *heads, *rest, *place, *rules, NATURAL, True, *sizes
+                dk, dv, share, member, start, *tiles, *heads, *rest, *place, *rules, NATURAL, True, *sizes
             )
     for index in range(edges * group):
         member, start = index // edges, edge_block(index % edges, first, full_begin, full_end, BLOCK_M)
-        dk, dv = _add_queries(dk, dv, share, member, start, k, v, *heads, *rest, *place, *rules, NATURAL, False, *sizes)
+        dk, dv = _add_queries(
+            dk, dv, share, member, start, *tiles, *heads, *rest, *place, *rules, NATURAL, False, *sizes
+        )
     dk *= scale if NATURAL else scale * LN2
     dkey += b * stride_xb + h_k * stride_xh + first_k * stride_xs
-    store_rows(dkey, narrow(dk, k.dtype), keys, seqlen_k, stride_xs, HEAD_DIM, BLOCK_D)
+    store_rows(dkey, dk, keys, seqlen_k, stride_xs, column, HEAD_DIM, COLUMNS)
     dvalue += b * stride_yb + h_k * stride_yh + first_k * stride_ys
-    store_rows(dvalue, narrow(dv * kept_scale, v.dtype), keys, seqlen_k, stride_ys, HEAD_DIM_V, BLOCK_DV)
+    store_rows(dvalue, dv * kept_scale, keys, seqlen_k, stride_ys, column, HEAD_DIM_V, COLUMNS_V)

@@ -59,6 +59,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """One program per (batch, key head, BLOCK_M rows of its query heads) and split of the keys they see."""
     group_rows = heads_q // heads_k * seqlen_q

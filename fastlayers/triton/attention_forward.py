@@ -11,6 +11,7 @@ from fastlayers.triton.attention_rules import (
     exponential,
     load_rows,
     place_of,
+    products_of,
     scores_of,
     split_keys,
     store_rows,
@@ -19,7 +20,7 @@ from fastlayers.triton.attention_rules import (
 
 @triton.jit
 def absorb(
-    total,  # (rows, BLOCK_DV): the output so far, before its division
+    total,  # (rows, columns of v): the output so far, before its division
     top,  # (rows,): the largest score so far
     mass,  # (rows,): sum of exponentials
     x,  # (rows, keys): scores
@@ -68,10 +69,13 @@ def _attend_block(
     top,
     mass,
     q,
+    query,
     key,
     value,
     start,
     rows,
+    column,
+    stride_qs,
     stride_ks,
     stride_vs,
     rng,
@@ -94,20 +98,21 @@ def _attend_block(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(total, top, mass) after the keys from `start` on."""
+    """(total, top, mass) after BLOCK_N keys from `start` on."""
     keys = start + tl.arange(0, BLOCK_N)
-    k = load_rows(key, keys, seqlen_k, stride_ks, HEAD_DIM, BLOCK_D, WHOLE)
-    products = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION)
+    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
+    products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
     rules = scale, softcap, slope, mask, stride_mq, stride_mk
     x, _ = scores_of(products, rows[:, None], keys[None, :], *place, *rules, WHOLE)
     keep = None
     if rng is not None:
         keep = dropout_keep(rng, threshold, bh, rows, start, BLOCK_N)
-    v = load_rows(value, keys, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_DV, WHOLE)
+    v = load_rows(value, keys, seqlen_k, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
     return absorb(total, top, mass, x, v, keep, NATURAL, WHOLE, PRECISION)
 
 
@@ -162,8 +167,11 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """One program per (batch, query head, BLOCK_M rows); keys and values stream past once."""
+    """One program per (batch, query head, BLOCK_M rows) and INNER columns of values; keys stream past once."""
+    COLUMNS: tl.constexpr = min(BLOCK_DV, INNER)
+    column = tl.program_id(1) * INNER
     blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal head begin
     bh = tl.program_id(0) // blocks
@@ -185,12 +193,12 @@ def forward_kernel(
     h_k = h // (heads_q // heads_k)
     key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION)
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, INNER, PRECISION)
 
-    q = load_rows(query, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, False)
+    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     i_end = tl.minimum(i_begin + BLOCK_M, seqlen_q)
     first, full_begin, full_end, edges = split_keys(i_begin, i_end, place[3], place[4], seqlen_k, BLOCK_N)
     if mask is not None:
@@ -198,11 +206,11 @@ def forward_kernel(
         full_end = full_begin
     else:
         for start in range(full_begin, full_end, BLOCK_N):
-            operands = q, key, value, start, rows, stride_ks, stride_vs, rng, threshold, bh
+            operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
             total, top, mass = _attend_block(total, top, mass, *operands, *place, *rules, NATURAL, True, *sizes)
     for index in range(edges):
         start = edge_block(index, first, full_begin, full_end, BLOCK_N)
-        operands = q, key, value, start, rows, stride_ks, stride_vs, rng, threshold, bh
+        operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
         total, top, mass = _attend_block(total, top, mass, *operands, *place, *rules, NATURAL, False, *sizes)
 
     sink = None
@@ -210,6 +218,7 @@ def forward_kernel(
         sink = tl.load(sinks + h)
     total, logarithm = finish(total, top, mass, sink, kept_scale, NATURAL)
     lse += b * stride_lb + h * stride_lh + first_q
-    tl.store(lse + rows, logarithm, mask=rows < seqlen_q)
+    if column == 0:
+        tl.store(lse + rows, logarithm, mask=rows < seqlen_q)
     out += b * stride_ob + h * stride_oh + first_q * stride_os
-    store_rows(out, narrow(total, out.dtype.element_ty), rows, seqlen_q, stride_os, HEAD_DIM_V, BLOCK_DV)
+    store_rows(out, total, rows, seqlen_q, stride_os, column, HEAD_DIM_V, COLUMNS)

@@ -66,6 +66,7 @@ def mask_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """One program per BLOCK_M x BLOCK_N of the mask, in which it adds up in order."""
     blocks_m, blocks_n = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
@@ -110,18 +111,18 @@ def mask_gradient_kernel(
             for m in range(m_begin, m_end):
                 rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
                 q_at = query + b * stride_qb + h * stride_qh
-                q = load_rows(q_at, rows, seqlen_q, stride_qs, HEAD_DIM, BLOCK_D, False)
+                q = load_rows(q_at, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
                 g_at = grad_out + b * stride_gb + h * stride_gh
-                dout = load_rows(g_at, rows, seqlen_q, stride_gs, HEAD_DIM_V, BLOCK_DV, False)
+                dout = load_rows(g_at, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
                 row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
                 row_delta = tl.load(delta + statistics + rows, mask=rows < seqlen_q, other=0.0)
                 row_share = tl.load(share + statistics + rows, mask=rows < seqlen_q, other=0.0)
                 for n in range(n_begin, n_end):
                     start = n * BLOCK_N
                     if (start < (m + 1) * BLOCK_M - 1 + place[4]) & (start + BLOCK_N > m * BLOCK_M + place[3]):
-                        operands = row_share, q, dout, k_at, v_at, start, rows, row_lse
-                        rest = kept_scale, stride_ks, stride_vs, rng, threshold, b * heads_q + h
-                        sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION)
+                        operands = row_share, start, q, dout, q_at, g_at, k_at, v_at, rows, row_lse, kept_scale
+                        rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, b * heads_q + h
+                        sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
                         p, dp, _, _ = row_tile(*operands, *rest, *place, *rules, NATURAL, False, *sizes)
                         total += p * (dp - row_delta[:, None])
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastlayers.triton.activations import tanh
+from fastlayers.triton.arithmetic import dot, narrow
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -29,28 +30,59 @@ def place_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, begin_offset, en
 
 
 @triton.jit
-def load_rows(rows_at, rows, count, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows of a head, (rows, BLOCK): 0 behind row `count`, unless all are before it (WHOLE), and column DIM."""
-    columns = tl.arange(0, BLOCK)
+def load_rows(
+    rows_at, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """(rows, COLUMNS) of a head: 0 behind row `count`, unless all are before it (WHOLE), and behind column DIM."""
+    columns = first_column + tl.arange(0, COLUMNS)
     at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if WHOLE and DIM == BLOCK:
+    if WHOLE and DIM == COLUMNS:
         return tl.load(at)
     if WHOLE:
         return tl.load(at, mask=columns[None, :] < DIM, other=0.0)
-    if DIM == BLOCK:
+    if DIM == COLUMNS:
         return tl.load(at, mask=rows[:, None] < count, other=0.0)
     return tl.load(at, mask=(rows[:, None] < count) & (columns[None, :] < DIM), other=0.0)
 
 
 @triton.jit
-def store_rows(rows_at, x, rows, count, stride, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrowed x, as load_rows reads it."""
-    columns = tl.arange(0, BLOCK)
+def store_rows(rows_at, x, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Narrowed x to where load_rows reads."""
+    columns = first_column + tl.arange(0, COLUMNS)
     at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     mask = rows[:, None] < count
-    if DIM != BLOCK:
+    if DIM != COLUMNS:
         mask = mask & (columns[None, :] < DIM)
-    tl.store(at, x, mask=mask)
+    tl.store(at, narrow(x, rows_at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def products_of(
+    a,  # the first INNER columns of a's rows
+    b,
+    a_at,
+    a_rows,
+    a_count,
+    stride_a,
+    b_at,
+    b_rows,
+    b_count,
+    stride_b,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a b' of rows with DIM columns. Where registers hold no more than INNER columns, both are read piece by piece."""
+    total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    if INNER >= COLUMNS:
+        return dot(a, tl.trans(b), total, PRECISION)
+    for column in range(0, DIM, INNER):
+        x = load_rows(a_at, a_rows, a_count, stride_a, column, DIM, INNER, False)
+        y = load_rows(b_at, b_rows, b_count, stride_b, column, DIM, INNER, WHOLE)
+        total = dot(x, tl.trans(y), total, PRECISION)
+    return total
 
 
 @triton.jit
