@@ -174,7 +174,7 @@ def _differentiate(inputs, grad_out, grad_lse, out, lse, gradients, dmask):
         has = [size == wanted for size, wanted in zip(dmask.shape, full)]
         operands = {"dmask": dmask, "batch": inputs.batch}
         operands |= dict(zip(("MASK_BATCH", "MASK_HEADS", "MASK_ROWS", "MASK_KEYS"), has))
-        _launch(mask_gradient_kernel, "mask_gradient", inputs, _mask_blocks(inputs, has), **shared, **operands)
+        _launch(mask_gradient_kernel, "query_gradient", inputs, _mask_blocks(inputs, has), **shared, **operands)
     return tuple(rows.values())
 
 

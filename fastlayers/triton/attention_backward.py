@@ -114,8 +114,8 @@ def row_tile(
 ):
     """probabilities(...) of these rows and BLOCK_N keys from `start` on, and the first INNER columns of the keys."""
     keys = start + tl.arange(0, BLOCK_N)
-    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
-    v = load_rows(value, keys, seqlen_k, stride_vs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    k = load_rows(key, keys, seqlen_k, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    v = load_rows(value, keys, seqlen_k, stride_vs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
     operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     operands = dout, v, grad_out, rows, seqlen_q, stride_gs, value, keys, seqlen_k, stride_vs
@@ -225,8 +225,8 @@ def query_gradient_kernel(
     out += b * stride_ob + h * stride_oh + first_q * stride_os
     statistics = b * stride_lb + h * stride_lh + first_q
 
-    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
-    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
+    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
+    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
     row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
     sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
     i_end = tl.minimum(i_begin + BLOCK_M, seqlen_q)
@@ -235,8 +235,8 @@ def query_gradient_kernel(
     rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, bh
     row_share = share
     if share is None:
-        o = load_rows(out, rows, seqlen_q, stride_os, 0, HEAD_DIM_V, BLOCK_DV, False)
-        do = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, BLOCK_DV, False)
+        o = load_rows(out, rows, seqlen_q, stride_os, None, HEAD_DIM_V, BLOCK_DV, False)
+        do = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, BLOCK_DV, False)
         row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     else:
         mass = tl.zeros((BLOCK_M,), tl.float32)
@@ -350,8 +350,8 @@ def _add_queries(
     keep = None
     if rng is not None:
         keep = tl.trans(dropout_keep(rng, threshold, bh + member, rows, first_key, keys.shape[0]))
-    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
-    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
     operands = k, q, key, keys, seqlen_k, stride_ks, query, rows, seqlen_q, stride_qs
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     operands = v, dout, value, keys, seqlen_k, stride_vs, grad_out, rows, seqlen_q, stride_gs
@@ -453,8 +453,8 @@ def key_gradient_kernel(
     keys = j_begin + tl.arange(0, BLOCK_N)
     key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
-    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, COLUMNS, False)
-    v = load_rows(value, keys, seqlen_k, stride_vs, 0, HEAD_DIM_V, COLUMNS_V, False)
+    k = load_rows(key, keys, seqlen_k, stride_ks, None, HEAD_DIM, COLUMNS, False)
+    v = load_rows(value, keys, seqlen_k, stride_vs, None, HEAD_DIM_V, COLUMNS_V, False)
     dk = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     dv = tl.zeros((BLOCK_N, COLUMNS_V), tl.float32)
     j_end = tl.minimum(j_begin + BLOCK_N, seqlen_k)

@@ -103,7 +103,7 @@ def _attend_block(
 ):
     """(total, top, mass) after BLOCK_N keys from `start` on."""
     keys = start + tl.arange(0, BLOCK_N)
-    k = load_rows(key, keys, seqlen_k, stride_ks, 0, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    k = load_rows(key, keys, seqlen_k, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
     operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
@@ -195,7 +195,7 @@ def forward_kernel(
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
     sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, INNER, PRECISION)
 
-    q = load_rows(query, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
+    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)

@@ -7,6 +7,87 @@ from fastlayers.triton.attention_backward import load_lse, row_tile
 from fastlayers.triton.attention_rules import load_rows, place_of
 
 
+@triton.jit
+def _tile(
+    b,
+    h,
+    i_begin,
+    j_begin,
+    query,
+    key,
+    value,
+    grad_out,
+    lse,
+    delta,
+    share,
+    heads_q,
+    heads_k,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_lb,
+    stride_lh,
+    stride_ab,
+    stride_mb,
+    stride_mh,
+    rng,
+    threshold,
+    kept_scale,
+    scale,
+    softcap,
+    alibi_slopes,
+    mask,
+    stride_mq,
+    stride_mk,
+    seqlen_q,
+    seqlen_k,
+    diagonal,
+    begin_offset,
+    end_offset,
+    NATURAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of BLOCK_M x BLOCK_N scores of a head."""
+    h_k = h // (heads_q // heads_k)
+    query += b * stride_qb + h * stride_qh
+    grad_out += b * stride_gb + h * stride_gh
+    key += b * stride_kb + h_k * stride_kh
+    value += b * stride_vb + h_k * stride_vh
+    slope, mask = alibi_slopes, mask + b * stride_mb + h * stride_mh
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + b * stride_ab + h)
+    rows = i_begin + tl.arange(0, BLOCK_M)
+    statistics = b * stride_lb + h * stride_lh
+    row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
+    row_delta = tl.load(delta + statistics + rows, mask=rows < seqlen_q, other=0.0)
+    row_share = tl.load(share + statistics + rows, mask=rows < seqlen_q, other=0.0)
+    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
+    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
+    operands = row_share, j_begin, q, dout, query, grad_out, key, value, rows, row_lse, kept_scale
+    rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, b * heads_q + h
+    place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
+    rules = scale, softcap, slope, mask, stride_mq, stride_mk
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
+    p, dp, _, _ = row_tile(*operands, *rest, *place, *rules, NATURAL, False, *sizes)
+    return p * (dp - row_delta[:, None])
+
+
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "threshold", "batch"])
 def mask_gradient_kernel(
     query,
@@ -95,36 +176,20 @@ def mask_gradient_kernel(
     _, _, place = place_of(0, cu_seqlens_q, cu_seqlens_k, *lengths, BOTTOM_RIGHT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     zero = tl.full((), 0, tl.int64)
-    for batch_index in range(b_begin, b_end):
-        for head in range(h_begin, h_end):
-            b, h = zero + batch_index, zero + head
-            slope, head_mask = alibi_slopes, mask
-            if alibi_slopes is not None:
-                slope = tl.load(alibi_slopes + b * stride_ab + h)
-            if mask is not None:
-                head_mask = mask + b * stride_mb + h * stride_mh
-            rules = scale, softcap, slope, head_mask, stride_mq, stride_mk
-            h_k = h // (heads_q // heads_k)
-            k_at = key + b * stride_kb + h_k * stride_kh
-            v_at = value + b * stride_vb + h_k * stride_vh
-            statistics = b * stride_lb + h * stride_lh
-            for m in range(m_begin, m_end):
-                rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
-                q_at = query + b * stride_qb + h * stride_qh
-                q = load_rows(q_at, rows, seqlen_q, stride_qs, 0, HEAD_DIM, min(BLOCK_D, INNER), False)
-                g_at = grad_out + b * stride_gb + h * stride_gh
-                dout = load_rows(g_at, rows, seqlen_q, stride_gs, 0, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
-                row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
-                row_delta = tl.load(delta + statistics + rows, mask=rows < seqlen_q, other=0.0)
-                row_share = tl.load(share + statistics + rows, mask=rows < seqlen_q, other=0.0)
-                for n in range(n_begin, n_end):
-                    start = n * BLOCK_N
-                    if (start < (m + 1) * BLOCK_M - 1 + place[4]) & (start + BLOCK_N > m * BLOCK_M + place[3]):
-                        operands = row_share, start, q, dout, q_at, g_at, k_at, v_at, rows, row_lse, kept_scale
-                        rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, b * heads_q + h
-                        sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
-                        p, dp, _, _ = row_tile(*operands, *rest, *place, *rules, NATURAL, False, *sizes)
-                        total += p * (dp - row_delta[:, None])
+    heads = query, key, value, grad_out, lse, delta, share, heads_q, heads_k
+    steps = stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs
+    more_steps = stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ab, stride_mb, stride_mh
+    rest = rng, threshold, kept_scale, scale, softcap, alibi_slopes, mask, stride_mq, stride_mk
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
+    seen = n_begin * BLOCK_N < m_end * BLOCK_M - 1 + place[4]
+    seen = seen & (n_end * BLOCK_N > m_begin * BLOCK_M + place[3])
+    count_m, count_n, count_h = m_end - m_begin, n_end - n_begin, h_end - h_begin
+    tiles = tl.where(seen, (b_end - b_begin) * count_h * count_m * count_n, 0)
+    for tile in range(tiles):
+        n, m = n_begin + tile % count_n, m_begin + tile // count_n % count_m
+        head = tile // count_n // count_m
+        where = zero + b_begin + head // count_h, zero + h_begin + head % count_h, m * BLOCK_M, n * BLOCK_N
+        total += _tile(*where, *heads, *steps, *more_steps, *rest, *place, NATURAL, *sizes)
 
     matrix = zero
     if MASK_BATCH:

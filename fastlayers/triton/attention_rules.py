@@ -33,14 +33,18 @@ def place_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, begin_offset, en
 def load_rows(
     rows_at, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """(rows, COLUMNS) of a head: 0 behind row `count`, unless all are before it (WHOLE), and behind column DIM."""
-    columns = first_column + tl.arange(0, COLUMNS)
+    """(rows, COLUMNS) of a head, from first_column on (None: the first): 0 behind column DIM and behind row `count`,
+    unless all are before it (WHOLE)."""
+    columns = tl.arange(0, COLUMNS)
+    if first_column is not None:
+        columns += first_column
     at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if WHOLE and DIM == COLUMNS:
+    ALL: tl.constexpr = DIM == COLUMNS and first_column is None
+    if WHOLE and ALL:
         return tl.load(at)
     if WHOLE:
         return tl.load(at, mask=columns[None, :] < DIM, other=0.0)
-    if DIM == COLUMNS:
+    if ALL:
         return tl.load(at, mask=rows[:, None] < count, other=0.0)
     return tl.load(at, mask=(rows[:, None] < count) & (columns[None, :] < DIM), other=0.0)
 
@@ -50,9 +54,7 @@ def store_rows(rows_at, x, rows, count, stride, first_column, DIM: tl.constexpr,
     """Narrowed x to where load_rows reads."""
     columns = first_column + tl.arange(0, COLUMNS)
     at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = rows[:, None] < count
-    if DIM != COLUMNS:
-        mask = mask & (columns[None, :] < DIM)
+    mask = (rows[:, None] < count) & (columns[None, :] < DIM)
     tl.store(at, narrow(x, rows_at.dtype.element_ty), mask=mask)
 
 

@@ -1,12 +1,8 @@
 """How many scores each program of the attention kernels computes at a time: a small table per architecture."""
 
-from dataclasses import replace
-
-import torch
 from triton import knobs
 
 from fastlayers.triton import tiles
-from fastlayers.triton.attention_inputs import padded
 from fastlayers.triton.tiles import Tile
 
 # Per kernel and wider head_dim, rows x columns of the scores; inner: columns of a head that are in registers at a time.
