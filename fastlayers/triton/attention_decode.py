@@ -1,5 +1,7 @@
 """decode_attention in Triton: launcher and operator."""
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -28,12 +30,14 @@ def _decode(inputs, out, lse):
         return inputs.batch * inputs.heads_k * triton.cdiv(group_rows, tile.rows)
 
     def launch(tile):
+        tile = replace(tile, rows=min(max(triton.next_power_of_2(group_rows), 16), tile.rows))
         splits = _splits(inputs, programs(tile))
         outs = torch.empty(splits, rows, inputs.head_dims[1], dtype=torch.float32, device=out.device)
         lses = torch.empty(splits, rows, dtype=torch.float32, device=out.device)
         taken = {name: x for name, x in arguments(inputs).items() if name in decode_kernel.arg_names}
         table = inputs.page_table
-        wrap_triton(decode_kernel)[(programs(tile), splits)](
+        columns = triton.cdiv(inputs.head_dims[1], tile.inner)
+        wrap_triton(decode_kernel)[(programs(tile), splits, columns)](
             **taken,
             cache_seqlens=inputs.cache_seqlens,
             page_table=table,

@@ -12,10 +12,34 @@ from fastlayers.triton.attention_rules import exponential, scores_of
 
 
 @triton.jit
-def _load_keys(cache, places, used, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of the cache, 0 where not used: what lies there may be NaN."""
-    columns = tl.arange(0, BLOCK)
-    return tl.load(cache + places[:, None] + columns[None, :], mask=used[:, None] & (columns[None, :] < DIM), other=0.0)
+def _load(x, places, used, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows that begin at these places; 0 where not used, since what lies there may be NaN."""
+    columns = first_column + tl.arange(0, COLUMNS)
+    return tl.load(x + places[:, None] + columns[None, :], mask=used[:, None] & (columns[None, :] < DIM), other=0.0)
+
+
+@triton.jit
+def _products(
+    q,  # the first INNER columns
+    query,
+    q_places,
+    inside,
+    key,
+    k_places,
+    used,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q k', as attention_rules.products_of."""
+    total = tl.zeros((q_places.shape[0], k_places.shape[0]), tl.float32)
+    if INNER >= COLUMNS:
+        return dot(q, tl.trans(_load(key, k_places, used, 0, DIM, COLUMNS)), total, PRECISION)
+    for column in range(0, DIM, INNER):
+        x = _load(query, q_places, inside, column, DIM, INNER)
+        total = dot(x, tl.trans(_load(key, k_places, used, column, DIM, INNER)), total, PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "splits"])
@@ -61,7 +85,7 @@ def decode_kernel(
     BLOCK_DV: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """One program per (batch, key head, BLOCK_M rows of its query heads) and split of the keys they see."""
+    """One program per (batch, key head, BLOCK_M rows of its query heads), split of their keys, and INNER columns."""
     group_rows = heads_q // heads_k * seqlen_q
     blocks = tl.cdiv(group_rows, BLOCK_M)
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -72,22 +96,23 @@ def decode_kernel(
     used_keys = tl.load(cache_seqlens + b)
     diagonal = used_keys - seqlen_q
     place = seqlen_q, used_keys, diagonal, diagonal + begin_offset, diagonal + end_offset
-    slope = alibi_slopes
+    rules = scale, softcap, alibi_slopes, mask, 0, 0
     if alibi_slopes is not None:
-        slope = tl.load(alibi_slopes + b * stride_ab + heads, mask=inside, other=0.0)[:, None]
+        slopes = tl.load(alibi_slopes + b * stride_ab + heads, mask=inside, other=0.0)
+        rules = scale, softcap, slopes[:, None], mask, 0, 0
 
     first = tl.maximum(place[3], 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(seqlen_q - 1 + place[4], used_keys)
     part = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), splits), BLOCK_N) * BLOCK_N
     split = tl.program_id(1)
     begin = first + split * part
-    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    at = b * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qs
-    q_mask = inside[:, None] & (columns[None, :] < HEAD_DIM)
-    q = tl.load(query + at[:, None] + columns[None, :], mask=q_mask, other=0.0)
+    column = tl.program_id(2) * INNER
+    q_places = b * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qs
+    q = _load(query, q_places, inside, 0, HEAD_DIM, min(BLOCK_D, INNER))
     key += h_k * stride_kh
     value += h_k * stride_vh
-    total = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    COLUMNS: tl.constexpr = min(BLOCK_DV, INNER)
+    total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, tl.minimum(begin + part, last), BLOCK_N):
@@ -98,18 +123,20 @@ def decode_kernel(
             pages = tl.load(page_table + b * stride_pb + keys // page_size, mask=used, other=0)
             outer, inner = pages.to(tl.int64), keys % page_size
         inner = inner.to(tl.int64)
-        k = _load_keys(key, outer * stride_kb + inner * stride_ks, used, HEAD_DIM, BLOCK_D)
-        v = _load_keys(value, outer * stride_vb + inner * stride_vs, used, HEAD_DIM_V, BLOCK_DV)
-        products = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        rules = scale, softcap, slope, mask, 0, 0
+        k_places, v_places = outer * stride_kb + inner * stride_ks, outer * stride_vb + inner * stride_vs
+        operands = q, query, q_places, inside, key, k_places, used
+        products = _products(*operands, HEAD_DIM, BLOCK_D, INNER, PRECISION)
+        v = _load(value, v_places, used, column, HEAD_DIM_V, COLUMNS)
         x, _ = scores_of(products, tokens[:, None], keys[None, :], *place, *rules, False)
         total, top, mass = absorb(total, top, mass, x, v, None, NATURAL, False, PRECISION)
     total, lse = finish(total, top, mass, None, 1.0, NATURAL)
     all_rows = batch.to(tl.int64) * heads_q * seqlen_q
     row = split * all_rows + bh_k.to(tl.int64) * group_rows + rows
-    tl.store(lses + row, lse, mask=inside)
-    out_mask = inside[:, None] & (columns_v[None, :] < HEAD_DIM_V)
-    tl.store(outs + row[:, None] * HEAD_DIM_V + columns_v[None, :], total, mask=out_mask)
+    if column == 0:
+        tl.store(lses + row, lse, mask=inside)
+    columns = column + tl.arange(0, COLUMNS)
+    out_mask = inside[:, None] & (columns[None, :] < HEAD_DIM_V)
+    tl.store(outs + row[:, None] * HEAD_DIM_V + columns[None, :], total, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["rows", "seqlen_q", "splits"])
