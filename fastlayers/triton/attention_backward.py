@@ -18,6 +18,7 @@ from fastlayers.triton.attention_rules import (
     load_rows,
     place_of,
     products_of,
+    row_at,
     scores_of,
     split_keys,
     split_queries,
@@ -113,12 +114,14 @@ def row_tile(
     PRECISION: tl.constexpr,
 ):
     """probabilities(...) of these rows and BLOCK_N keys from `start` on, and the first INNER columns of the keys."""
-    keys = start + tl.arange(0, BLOCK_N)
-    k = load_rows(key, keys, seqlen_k, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
-    v = load_rows(value, keys, seqlen_k, stride_vs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
-    operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
+    behind = tl.arange(0, BLOCK_N)
+    keys, left = start + behind, seqlen_k - start
+    key, value = row_at(key, start, stride_ks), row_at(value, start, stride_vs)
+    k = load_rows(key, behind, left, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    v = load_rows(value, behind, left, stride_vs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    operands = q, k, query, rows, seqlen_q, stride_qs, key, behind, left, stride_ks
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
-    operands = dout, v, grad_out, rows, seqlen_q, stride_gs, value, keys, seqlen_k, stride_vs
+    operands = dout, v, grad_out, rows, seqlen_q, stride_gs, value, behind, left, stride_vs
     dp = products_of(*operands, HEAD_DIM_V, BLOCK_DV, INNER, WHOLE, PRECISION)
     keep = None
     if rng is not None:
@@ -331,11 +334,12 @@ def _add_queries(
     PRECISION: tl.constexpr,
 ):
     """(dk, dv) with BLOCK_M rows from `start` on. Scores are turned, (keys, rows): as operands of both sums."""
-    rows = start + tl.arange(0, BLOCK_M)
+    behind = tl.arange(0, BLOCK_M)
+    rows, left = start + behind, seqlen_q - start
     inside = rows < seqlen_q
     member += tl.full((), 0, tl.int64)
-    query += member * stride_qh
-    grad_out += member * stride_gh
+    query = row_at(query + member * stride_qh, start, stride_qs)
+    grad_out = row_at(grad_out + member * stride_gh, start, stride_gs)
     statistics = member * stride_lh
     slope, head_mask = alibi_slopes, mask
     if alibi_slopes is not None:
@@ -350,11 +354,11 @@ def _add_queries(
     keep = None
     if rng is not None:
         keep = tl.trans(dropout_keep(rng, threshold, bh + member, rows, first_key, keys.shape[0]))
-    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
-    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
-    operands = k, q, key, keys, seqlen_k, stride_ks, query, rows, seqlen_q, stride_qs
+    q = load_rows(query, behind, left, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    dout = load_rows(grad_out, behind, left, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), WHOLE)
+    operands = k, q, key, keys, seqlen_k, stride_ks, query, behind, left, stride_qs
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
-    operands = v, dout, value, keys, seqlen_k, stride_vs, grad_out, rows, seqlen_q, stride_gs
+    operands = v, dout, value, keys, seqlen_k, stride_vs, grad_out, behind, left, stride_gs
     dp = products_of(*operands, HEAD_DIM_V, BLOCK_DV, INNER, WHOLE, PRECISION)
     rest = products, dp, rows[None, :], keys[:, None], row_lse[None, :], kept_scale
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
@@ -365,8 +369,8 @@ def _add_queries(
     if keep is not None:
         p = tl.where(keep, p, 0.0)
     if max(BLOCK_D, BLOCK_DV) > INNER:
-        dout = load_rows(grad_out, rows, seqlen_q, stride_gs, column, HEAD_DIM_V, dv.shape[1], WHOLE)
-        q = load_rows(query, rows, seqlen_q, stride_qs, column, HEAD_DIM, dk.shape[1], WHOLE)
+        dout = load_rows(grad_out, behind, left, stride_gs, column, HEAD_DIM_V, dv.shape[1], WHOLE)
+        q = load_rows(query, behind, left, stride_qs, column, HEAD_DIM, dk.shape[1], WHOLE)
     dv = dot(narrow(p, v.dtype), dout, dv, PRECISION)
     dk = dot(narrow(ds, k.dtype), q, dk, PRECISION)
     return dk, dv

@@ -12,6 +12,7 @@ from fastlayers.triton.attention_rules import (
     load_rows,
     place_of,
     products_of,
+    row_at,
     scores_of,
     split_keys,
     store_rows,
@@ -102,9 +103,11 @@ def _attend_block(
     PRECISION: tl.constexpr,
 ):
     """(total, top, mass) after BLOCK_N keys from `start` on."""
-    keys = start + tl.arange(0, BLOCK_N)
-    k = load_rows(key, keys, seqlen_k, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
-    operands = q, k, query, rows, seqlen_q, stride_qs, key, keys, seqlen_k, stride_ks
+    behind = tl.arange(0, BLOCK_N)
+    keys, left = start + behind, seqlen_k - start
+    key, value = row_at(key, start, stride_ks), row_at(value, start, stride_vs)
+    k = load_rows(key, behind, left, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    operands = q, k, query, rows, seqlen_q, stride_qs, key, behind, left, stride_ks
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
     rules = scale, softcap, slope, mask, stride_mq, stride_mk
@@ -112,7 +115,7 @@ def _attend_block(
     keep = None
     if rng is not None:
         keep = dropout_keep(rng, threshold, bh, rows, start, BLOCK_N)
-    v = load_rows(value, keys, seqlen_k, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
+    v = load_rows(value, behind, left, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
     return absorb(total, top, mass, x, v, keep, NATURAL, WHOLE, PRECISION)
 
 

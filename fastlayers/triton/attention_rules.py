@@ -30,6 +30,12 @@ def place_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, begin_offset, en
 
 
 @triton.jit
+def row_at(x, row, stride):
+    """Where a row begins. Rows that a loop reads are counted from there: their places do not change then."""
+    return x + (tl.full((), 0, tl.int64) + row) * stride
+
+
+@triton.jit
 def load_rows(
     rows_at, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):
