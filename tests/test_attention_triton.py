@@ -32,27 +32,33 @@ outside = pytest.mark.skipif(INTERPRETED, reason="for the compiler")
 simulated = pytest.mark.skipif("triton" not in BACKENDS["adam"] or not SIMULATED or INTERPRETED, reason="needs nvcc")
 runs = pytest.mark.skipif("triton" not in BACKENDS["adam"], reason="needs the interpreter, or a GPU")
 
-# What of the op's tests runs in the interpreter, where a call takes a second: each option in one dtype at least.
+# What of the op's tests runs in the interpreter, where a call takes seconds; test_simulated has the other options.
 FILES = ["attention", "attention_packed", "attention_decode", "attention_api", "attention_triton"]
-SELDOM = [
-    "(test_options and (float32 or -float16) and not (everything or plain))",
-    "(test_varlen_options and (float32 or bfloat16) and not everything)",
-    "(test_decode_options and (float32 or bfloat16 or -5-) and not everything)",
-    "(test_head_dims and not (-float16 and (3-5 or 24-80 or 256)))",
-    "((dropout_mask or rows_that_see or extreme or test_empty) and not -float16)",
-    "(test_strides and not (shared_heads or not_dense))",
-    "(test_decode and (several or head_dims or long or aligned or pages or deterministic) and not float16)",
-    "(decode and (several or head_dims or long or aligned or pages or deterministic) and bfloat16)",
-    "(decode_head_dims and not (33 or 256))",
-    "(dropout_mask and not 0.1)",
-    *("any_call", "any_varlen", "every_element", "threads", "odd_sequence", "longer_sequences", "agrees", "generous"),
+CHOSEN = [
+    "test_options and (everything or plain)",
+    "test_options and bfloat16 and (causal-longer or bottom-right-longer or bool-mask-keys or additive-full)",
+    "test_options and bfloat16 and (additive-rows or window-outside or softcap-mask or sinks-bfloat16 or dropout-mask)",
+    "test_head_dims and -float16 and (3-5 or 256)",
+    "(rows_that_see or test_empty or nan_stays or dropout_mask_is_philox and 0.1) and not (bfloat16 or float32)",
+    "test_strides and not_dense and float32",
+    *("laid_out", "other_numbers", "beyond_32_bits", "dropout_of", "generator", "deterministic_follows", "upstream"),
+    "deterministic_is_bitwise and additive-keys",
+    "varlen_options and -float16 and (other-causal or window-bottom-right or alibi-per or none)",
+    "varlen_options and everything and float32",
+    "varlen_is_attention",
+    "decode_options and -float16 and -1-",
+    "(decode_pages or decode_several or decode_head_dims) and -float16 and (64 or 33 or 100)",
+    "(decode_long or decode_extreme or decode_pages_that) and -float16",
+    "decode_without",
+    "bad_calls or double_backward or only_where or left_alone or test_compile or test_autocast and -float16",
+    "alone or test_errors",
 ]
 
 
 @outside
 def test_op_tests_in_the_interpreter():
     """The op's own tests, in another process, because the interpreter is chosen at import."""
-    chosen = f"triton and not ({' or '.join(SELDOM)})"
+    chosen = " or ".join(f"triton and ({some})" for some in CHOSEN)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen]
     root, environment = Path(__file__).parents[1], {**os.environ, "TRITON_INTERPRET": "1"}
     command += [f"tests/test_{file}.py" for file in FILES]

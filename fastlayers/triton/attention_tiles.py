@@ -30,11 +30,8 @@ _AMPERE = {
     "decode": {128: (Tile(64, 64, _ALL, 4, 2),), 256: (Tile(64, 32, _ALL, 8, 2),)},
 }
 _HOPPER_FORWARD = {**_AMPERE["forward"], 64: (Tile(128, 128, _ALL, 8, 3), Tile(128, 64, _ALL, 4, 3))}
-_HOPPER = {
-    **_AMPERE,
-    "forward": _HOPPER_FORWARD,
-    "key_gradient": {**_AMPERE["key_gradient"], 256: (Tile(32, 64, 128, 8, 1),)},
-}
+_HOPPER_KEYS = {**_AMPERE["key_gradient"], 128: (Tile(32, 64, _ALL, 8, 2),), 256: (Tile(32, 64, 128, 8, 1),)}
+_HOPPER = {**_AMPERE, "forward": _HOPPER_FORWARD, "key_gradient": _HOPPER_KEYS}
 _BLACKWELL = {**_HOPPER, "key_gradient": {**_AMPERE["key_gradient"], 256: (Tile(32, 64, _ALL, 8, 1),)}}
 _SMALL_BLACKWELL = {
     **_AMPERE,
@@ -44,18 +41,17 @@ _SMALL_BLACKWELL = {
 _THREE_TF32 = {
     "forward": {256: (Tile(64, 32, 32, 8, 1),)},
     "query_gradient": {256: (Tile(32, 32, 32, 4, 1),)},
-    "key_gradient": {256: (Tile(32, 32, 32, 4, 1),)},
+    "key_gradient": {256: (Tile(16, 32, 32, 4, 1),)},
     "decode": {256: (Tile(64, 32, 32, 8, 1),)},
 }
 _WIDE_THREE_TF32 = {
-    "forward": {256: (Tile(64, 32, 64, 8, 1),)},
+    **_THREE_TF32,
     "query_gradient": {256: (Tile(64, 32, 32, 4, 1),)},
     "key_gradient": {256: (Tile(32, 64, 32, 4, 1),)},
-    "decode": {256: (Tile(64, 32, 64, 8, 1),)},
 }
 _PLAIN = {
     "forward": {256: (Tile(32, 32, 32, 4, 1),)},
-    "query_gradient": {256: (Tile(32, 32, 16, 8, 1),)},
+    "query_gradient": {256: (Tile(16, 32, 16, 4, 1),)},
     "key_gradient": {256: (Tile(32, 32, 16, 4, 1),)},
     "decode": {256: (Tile(16, 32, 32, 4, 1),)},
 }
