@@ -130,7 +130,7 @@ def decode_kernel(
         x, _ = scores_of(products, tokens[:, None], keys[None, :], *place, *rules, False)
         total, top, mass = absorb(total, top, mass, x, v, None, NATURAL, False, PRECISION)
     total, lse = finish(total, top, mass, None, 1.0, NATURAL)
-    all_rows = batch.to(tl.int64) * heads_q * seqlen_q
+    all_rows = (tl.full((), 0, tl.int64) + batch) * heads_q * seqlen_q
     row = split * all_rows + bh_k.to(tl.int64) * group_rows + rows
     if column == 0:
         tl.store(lses + row, lse, mask=inside)
