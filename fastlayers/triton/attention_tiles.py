@@ -27,7 +27,7 @@ _AMPERE = {
         128: (Tile(64, 64, _ALL, 8, 2),),
         256: (Tile(32, 32, _ALL, 8, 1),),
     },
-    "decode": {128: (Tile(64, 64, _ALL, 4, 2),), 256: (Tile(64, 32, _ALL, 8, 2),)},
+    "decode": {128: (Tile(64, 64, _ALL, 8, 2),), 256: (Tile(64, 32, _ALL, 8, 1),)},
 }
 _HOPPER_FORWARD = {**_AMPERE["forward"], 64: (Tile(128, 128, _ALL, 8, 3), Tile(128, 64, _ALL, 4, 3))}
 _HOPPER_KEYS = {**_AMPERE["key_gradient"], 128: (Tile(32, 64, _ALL, 8, 2),), 256: (Tile(32, 64, 128, 8, 1),)}
