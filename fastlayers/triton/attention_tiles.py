@@ -30,12 +30,25 @@ _AMPERE = {
     "decode": {128: (Tile(64, 64, _ALL, 8, 2),), 256: (Tile(64, 32, _ALL, 8, 1),)},
 }
 _HOPPER_FORWARD = {**_AMPERE["forward"], 64: (Tile(128, 128, _ALL, 8, 3), Tile(128, 64, _ALL, 4, 3))}
-_HOPPER_KEYS = {**_AMPERE["key_gradient"], 128: (Tile(32, 64, _ALL, 8, 2),), 256: (Tile(32, 64, 128, 8, 1),)}
-_HOPPER = {**_AMPERE, "forward": _HOPPER_FORWARD, "key_gradient": _HOPPER_KEYS}
-_BLACKWELL = {**_HOPPER, "key_gradient": {**_AMPERE["key_gradient"], 256: (Tile(32, 64, _ALL, 8, 1),)}}
+_HOPPER = {
+    **_AMPERE,
+    "forward": _HOPPER_FORWARD,
+    "query_gradient": {**_AMPERE["query_gradient"], 256: (Tile(64, 32, 128, 8, 1),)},
+    "key_gradient": {
+        64: (Tile(64, 64, _ALL, 8, 2),),
+        128: (Tile(32, 64, _ALL, 8, 2),),
+        256: (Tile(32, 64, 128, 8, 1),),
+    },
+}
+_BLACKWELL = {
+    **_AMPERE,
+    "forward": _HOPPER_FORWARD,
+    "key_gradient": {**_AMPERE["key_gradient"], 256: (Tile(32, 64, _ALL, 8, 1),)},
+}
 _SMALL_BLACKWELL = {
     **_AMPERE,
     "forward": {**_AMPERE["forward"], 64: (Tile(128, 64, _ALL, 8, 3), Tile(64, 64, _ALL, 4, 3))},
+    "query_gradient": {**_AMPERE["query_gradient"], 256: (Tile(64, 32, _ALL, 8, 1),)},
     "key_gradient": {**_AMPERE["key_gradient"], 64: (Tile(32, 64, _ALL, 4, 2),)},
 }
 _THREE_TF32 = {
@@ -59,7 +72,7 @@ TILES = {
     75: {2: _PLAIN, 4: _PLAIN},
     80: {2: _AMPERE, 4: _THREE_TF32},
     90: {2: _HOPPER, 4: _WIDE_THREE_TF32},
-    100: {2: _BLACKWELL, 4: _WIDE_THREE_TF32},
+    100: {2: _BLACKWELL, 4: {**_WIDE_THREE_TF32, "key_gradient": {256: (Tile(32, 64, 32, 8, 1),)}}},
     120: {2: _SMALL_BLACKWELL, 4: _THREE_TF32},
 }
 _INTERPRETER = Tile(128, 64, _ALL, 4, 1)
