@@ -164,7 +164,6 @@ CASES = [
     ("sinks-window", torch.float16),
     ("dropout", torch.bfloat16),
     ("scale-negative", torch.float32),
-    ("everything", torch.float32),
 ]
 ARCHS = [*((80, case) for case in CASES), *((90, case) for case in CASES[::3])]
 
@@ -198,12 +197,10 @@ def test_simulated_varlen_and_decode(arch, dtype):
     lengths, extra, options = VARLEN["everything"]
     tensors = {**packed(dtype, *lengths, heads_k=2, head_dim_v=24, rest=3), **extra}
     check(ops.varlen_attention, tensors, "triton", **longest(*lengths), enable_gqa=True, **options)
-    for name in ("plain", "everything"):
+    for name, paged in (("plain", False), ("everything", True)):
         extra, options = DECODE[name]
         tensors = {**cached(dtype, [300, 1, 0, 129, 3], 3, head_dim_v=40), **extra}
-        whole = check_decoding(tensors, "triton", name, enable_gqa=True, **options)
-        paged = check_decoding(in_pages(tensors, 16), "triton", name, enable_gqa=True, **options)
-        assert all(torch.equal(whole[result], paged[result]) for result in whole)
+        check_decoding(in_pages(tensors, 16) if paged else tensors, "triton", name, enable_gqa=True, **options)
     tensors = cached(dtype, [1200], 1, capacity=1200, heads_q=8)  # split over programs
     check_decoding(tensors, "triton", "split", enable_gqa=True)
 
