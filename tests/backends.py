@@ -34,7 +34,7 @@ if _HAS_GPU or (SIMULATED and _HAS_NVCC):
 if _INTERPRETED:
     _AVAILABLE = {"triton"}
 BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in BACKENDS.items()}
-if SIMULATED and not _INTERPRETED:  # each case takes Triton's compiler a second: test_linear_act_triton.py has some
+if SIMULATED and not _INTERPRETED:  # each case takes the compiler seconds: tests/test_*_triton.py have some
     BACKENDS = {op: [n for n in names if n != "triton" or op == "adam"] for op, names in BACKENDS.items()}
 
 
