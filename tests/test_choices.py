@@ -103,7 +103,7 @@ def test_tuning_measures_writes_and_decides(own, gpu, monkeypatch, capsys):
     choices.write(own, [other])
     assert cli.main(["bench", "--tune", "--quick", "attention"]) == 0
     kept, found = choices.read(own)
-    assert kept == other and set(found.backends) == {"cuda", "reference"}
+    assert kept == other and set(found.backends) == {"cuda", "triton", "reference"}
     assert (found.op, found.arch, found.dtype, found.sizes) == ("attention", "sm_80", "float16", (1, 16, 16, 32))
     assert found.source.startswith("measured: a GPU that is simulated, fastlayers ")
     printed = capsys.readouterr().out

@@ -2,10 +2,8 @@
 are not here."""
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,10 +18,9 @@ from tests.numerics import assert_accurate
 triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from fastlayers.triton import activations, linear_act, tiles  # noqa: E402
+from tests.triton_compiler import assert_fits, compile_kernel, stack  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 outside = pytest.mark.skipif(INTERPRETED, reason="for the compiler")
@@ -244,44 +241,21 @@ def _counts(op, rows, in_features, out_features):
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
-def compiled(kernel, arch, dtype, options, constants):
+def compiled(kernel, arch, dtype, tile, constants):
     """The kernel as Triton compiles it for operands that are aligned and whose sizes are multiples of 16."""
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = "i32" if name in ("m", "n", "k", "k_part") or name.startswith("stride") else _TYPES[dtype]
+
+    def signature(name):
         if name.startswith("sums"):
-            signature[name] = "*fp64"
-        attributes[(index,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", arch, 32), options)
+            return "*fp64"
+        return "i32" if name in ("m", "n", "k", "k_part") or name.startswith("stride") else _TYPES[dtype]
+
+    return compile_kernel(kernel, arch, signature, constants, tile)
 
 
 def compiled_product(kernel, arch, dtype, tile, **constants):
     precision = "ieee" if dtype != torch.float32 or arch < 80 else "tf32x3"
     sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner, "PERSISTENT": tile.persistent}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return compiled(kernel, arch, dtype, options, {"PRECISION": precision, "GROUP": 8, **sizes, **constants})
-
-
-def stack(kernel):
-    """Bytes per thread that ptxas keeps in local memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", text)[1])
-
-
-def assert_fits(kernel, arch, dtype, tile):
-    """No spills, no more shared memory than there is, and the tensor cores of the architecture."""
-    assert stack(kernel) == 0, tile
-    assert kernel.metadata.shared <= tiles.SHARED[arch], tile
-    wide = "wgmma.mma_async" if arch == 90 else "tcgen05.mma" if arch == 100 else "mma.sync"
-    instruction = wide if tile.rows >= 64 else "mma.sync"
-    assert arch == 75 or instruction in kernel.asm["ptx"], tile
+    return compiled(kernel, arch, dtype, tile, {"PRECISION": precision, "GROUP": 8, **sizes, **constants})
 
 
 GPUS = pytest.mark.parametrize("gpu", tiles.TILES, ids="sm_{}".format)
@@ -297,19 +271,19 @@ def test_compiles(gpu, dtype):
         absent = {} if weights == 2 else {"weight_up": None, "bias_up": None, "up": None}
         for tile in tiles.candidates(gpu, dtype.itemsize, weights, tiles.SHARED[gpu]):
             kernel = compiled_product(linear_act.forward_kernel, gpu, dtype, tile, **dense, **absent)
-            assert_fits(kernel, gpu, dtype, tile)
+            assert_fits(kernel, gpu, tile, tile.rows >= 64)
     tile = tiles.TILES[gpu][dtype.itemsize][0]
     dense = dict(stride_ak=1, stride_bn=1, stride_un=1)
-    assert_fits(compiled_product(linear_act.product_kernel, gpu, dtype, tile, **dense), gpu, dtype, tile)
+    kernel = compiled_product(linear_act.product_kernel, gpu, dtype, tile, **dense)
+    assert_fits(kernel, gpu, tile, tile.rows >= 64)
     kernel = compiled_gradient(gpu, dtype)
     assert stack(kernel) == 0 and kernel.metadata.shared <= tiles.SHARED[gpu]
 
 
 def compiled_gradient(gpu, dtype):
     sizes = dict(ROWS=linear_act._GRADIENT_ROWS, COLUMNS=linear_act._GRADIENT_COLUMNS, STEP=linear_act._GRADIENT_STEP)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
     constants = {"stride_gn": 1, "ACTIVATION": "gelu", **sizes}
-    return compiled(linear_act.gradient_kernel, gpu, dtype, options, constants)
+    return compiled(linear_act.gradient_kernel, gpu, dtype, tiles.Tile(0, 0, 0, 4, 3), constants)
 
 
 @pytest.fixture

@@ -406,8 +406,17 @@ def _cuda_reason(facts):
     return None
 
 
+def _triton_reason(facts):
+    if facts["dtype"] not in _KERNEL_DTYPES:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {facts['dtype']}"
+    reason = _head_dim_reason(facts) or backends.triton_reason(facts)
+    if reason is not None or facts["dtype"] != torch.bfloat16 or backends.triton_interpreted():
+        return reason
+    return None if backends.cuda_capability() >= (8, 0) else "bfloat16 needs a GPU of compute capability 8.0 or newer"
+
+
 for _op in ("attention", "varlen_attention"):
-    backends.register(_op, facts=_attention_facts, cpu=_cpu_reason, cuda=_cuda_reason)
+    backends.register(_op, facts=_attention_facts, cpu=_cpu_reason, cuda=_cuda_reason, triton=_triton_reason)
 
 
 # The compiled kernels: shapes without values, and gradients.

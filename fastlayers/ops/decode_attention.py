@@ -16,6 +16,7 @@ from fastlayers.ops.attention import (
     _cuda_reason,
     _facts_of,
     _tensors,
+    _triton_reason,
 )
 
 
@@ -115,7 +116,7 @@ def _decode_facts(query, key_cache, value_cache, *args, **kwargs):
     return _facts_of(*inputs, *_tensors(*args, *kwargs.values()))
 
 
-backends.register("decode_attention", facts=_decode_facts, cpu=_cpu_reason, cuda=_cuda_reason)
+backends.register("decode_attention", facts=_decode_facts, cpu=_cpu_reason, cuda=_cuda_reason, triton=_triton_reason)
 
 
 def _decode_fake(query, key_cache, value_cache, *arguments):

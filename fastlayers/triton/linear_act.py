@@ -3,36 +3,19 @@
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 
 from fastlayers.triton import tiles
+from fastlayers.triton.launch import is_real, operator, precision, wrap_triton
 from fastlayers.triton.linear_act_kernels import forward_kernel, gradient_kernel
 from fastlayers.triton.products import product_kernel
-
-if knobs.runtime.interpret:  # whose kernels torch cannot look into
-    operator = torch.library.custom_op
-
-    def wrap_triton(kernel):
-        return kernel
-
-else:
-    from torch.library import triton_op as operator
-    from torch.library import wrap_triton
 
 _GROUP = 8  # rows of tiles that are walked together
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_STEP = 128, 64, 64  # per program of gradient_kernel, and at a time
 
 
-def _precision(dtype, allow_tf32):
-    """How float32 is multiplied: as accurately as float32 arithmetic, by tensor cores where they have TF32."""
-    if dtype != torch.float32 or knobs.runtime.interpret or tiles.current_gpu().arch < 80:
-        return "ieee"
-    return "tf32" if allow_tf32 else "tf32x3"
-
-
 def _constants(tile, dtype, allow_tf32):
     return {
-        "PRECISION": _precision(dtype, allow_tf32),
+        "PRECISION": precision(dtype, allow_tf32),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.inner,
@@ -86,7 +69,7 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
 
     products = 1 if weight_up is None else 2
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        launch(tiles.choose(m, n, k, x.dtype, products, launch if _is_real(weight) else None))
+        launch(tiles.choose(m, n, k, x.dtype, products, launch if is_real(weight) else None))
 
 
 def _product(a, b, a_up, b_up, allow_tf32):
@@ -117,7 +100,7 @@ def _product(a, b, a_up, b_up, allow_tf32):
         return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 
     with torch.cuda.device_of(a):
-        return launch(tiles.choose(m, n, k, a.dtype, 1, launch if _is_real(a) else None))
+        return launch(tiles.choose(m, n, k, a.dtype, 1, launch if is_real(a) else None))
 
 
 def _parts(tile, m, n, k):
@@ -158,12 +141,6 @@ def _gradients(grad, gate, up, activation, needs_dz, needs_bias, needs_bias_up):
                 enable_fp_fusion=True,
             )
     return dgate, dup, *(None if part is None else part.sum(0).to(wanted) for part in (sums, sums_up))
-
-
-def _is_real(tensor):
-    """Whether there is memory behind it, and not a compiler that traces or a CUDA graph that is captured."""
-    known = type(tensor) in (Tensor, torch.nn.Parameter)
-    return known and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check(what, tensor, shape, dtype):

@@ -79,11 +79,23 @@ def choose(m, n, k, dtype, weights=1, measure=None):
     gpu = current_gpu()
     tiles = candidates(gpu.arch, dtype.itemsize, weights, gpu.shared)
     tiles = [tile for tile in tiles if tile.rows >= 64 or m <= 2 * tile.rows]
+    return pick(tiles, f"{dtype} x{weights}, bits of m n k: {bits(m, n, k)}", lambda tile: tile.blocks(m, n), measure)
+
+
+def bits(*sizes):
+    """Of sizes that lead to the same choice: how many bits they have."""
+    return " ".join(str(max(size, 16).bit_length()) for size in sizes)
+
+
+def pick(tiles, key, programs, measure):
+    """The fastest where there is time to measure, else the first with enough programs for the GPU.
+
+    key: what the choice depends on, besides GPU and Triton; programs: function(tile), how many it takes
+    """
+    gpu = current_gpu()
     if len(tiles) > 1 and measure and gpu.name and os.environ.get("FASTLAYERS_TRITON_AUTOTUNE") != "0":
-        sizes = " ".join(str(max(size, 16).bit_length()) for size in (m, n, k))
-        key = f"{gpu.name}, triton {triton.__version__}, {dtype} x{weights}, bits of m n k: {sizes}"
-        return _measured(key, tiles, measure)
-    return next((tile for tile in tiles if tile.blocks(m, n) >= gpu.multiprocessors), tiles[-1])
+        return _measured(f"{gpu.name}, triton {triton.__version__}, {key}", tiles, measure)
+    return next((tile for tile in tiles if programs(tile) >= gpu.multiprocessors), tiles[-1])
 
 
 @dataclass(frozen=True)

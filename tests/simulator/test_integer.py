@@ -52,6 +52,11 @@ def test_simple(type, name, function):
     check(f"{name}.{type} %d, %s0, %s1;", signed_pairs(type), function, TYPES[type])
 
 
+@pytest.mark.parametrize("name, function", [("min", min), ("max", max)])
+def test_larger_than_zero(name, function):
+    check(f"{name}.relu.s32 %d, %s0, %s1;", signed_pairs("s32"), lambda a, b: max(function(a, b), 0), TYPES["s32"])
+
+
 @each_type
 def test_products(type):
     x, y = signed_pairs(type)

@@ -95,6 +95,14 @@ struct Max {
     return a > b ? a : b;
   }
 };
+// The larger of Op and 0.
+template <class Op>
+struct Relu {
+  template <class T>
+  static T of(T a, T b, T c) {
+    return Max::of<T>(Op::template of<T>(a, b, c), T(0), c);
+  }
+};
 struct Neg {
   template <class T>
   static T of(T a, T, T) {
@@ -137,6 +145,15 @@ void decode(const ptx::Instruction& i, Assembler& a, Instr* instr) {
   instr->klass = Class::kInteger;
   if (instr->exec == nullptr) unknown(i);
   a.set_ops(instr, lane_refs(i, a, bits_of(type)));
+}
+
+template <class Op>
+void decode_extreme(const ptx::Instruction& i, Assembler& a, Instr* instr) {
+  if (!i.has("relu")) return decode<Op>(i, a, instr);
+  check_modifiers(i, {"relu", "s32"});
+  instr->exec = integer<Relu<Op>, int32_t>;
+  instr->klass = Class::kInteger;
+  a.set_ops(instr, lane_refs(i, a, 32));
 }
 
 // d (twice as wide) = a * b (+ c, as wide as d).
@@ -286,8 +303,8 @@ void add_integer(Decoders* decoders) {
   d["addc.i"] = d["subc.i"] = d["madc.i"] = decode_chain;
   d["div.i"] = decode<Div>;
   d["rem.i"] = decode<Rem>;
-  d["min.i"] = decode<Min>;
-  d["max.i"] = decode<Max>;
+  d["min.i"] = decode_extreme<Min>;
+  d["max.i"] = decode_extreme<Max>;
   d["neg.i"] = decode<Neg>;
   d["abs.i"] = decode<Abs>;
   d["sad.i"] = decode<Sad>;

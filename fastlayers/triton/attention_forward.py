@@ -1,0 +1,227 @@
+"""The forward of attention: o[i] = sum_j softmax_j(scale q[i] . k[j]) v[j], without the scores ever being in memory."""
+
+import triton
+import triton.language as tl
+
+from fastlayers.triton.arithmetic import dot, narrow
+from fastlayers.triton.attention_rules import (
+    LN2,
+    dropout_keep,
+    edge_block,
+    exponential,
+    load_rows,
+    place_of,
+    products_of,
+    row_at,
+    scores_of,
+    split_keys,
+    store_rows,
+)
+
+
+@triton.jit
+def absorb(
+    total,  # (rows, columns of v): the output so far, before its division
+    top,  # (rows,): the largest score so far
+    mass,  # (rows,): sum of exponentials
+    x,  # (rows, keys): scores
+    v,
+    keep,  # of the dropout, or None
+    NATURAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(total, top, mass) after these scores as well: the running softmax."""
+    EXACT: tl.constexpr = v.dtype == tl.float32
+    now = tl.maximum(top, tl.max(x, 1))
+    shift = now
+    if not WHOLE:
+        shift = tl.where(now == float("-inf"), 0.0, now)  # a row that sees nothing yet
+    p = exponential(x - shift[:, None], NATURAL, EXACT)
+    shrink = exponential(top - shift, NATURAL, EXACT)
+    mass = mass * shrink + tl.sum(p, 1)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    total = dot(narrow(p, v.dtype), v, total * shrink[:, None], PRECISION)
+    return total, now, mass
+
+
+@triton.jit
+def finish(total, top, mass, sink, factor, NATURAL: tl.constexpr):
+    """(output, lse): divided by the sums, one more term of which is the sink; times factor."""
+    if not NATURAL:
+        top *= LN2
+    peak = top
+    if sink is not None:
+        peak = tl.maximum(top, sink)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    shrink = exponential(top - peak, True, True)
+    mass = mass * shrink
+    if sink is not None:
+        mass += exponential(sink - peak, True, True)
+    lse = tl.where(mass == 0.0, float("-inf"), peak + tl.log(mass))
+    share = shrink * factor / tl.where(mass == 0.0, 1.0, mass)
+    return total * share[:, None], lse
+
+
+@triton.jit
+def _attend_block(
+    total,
+    top,
+    mass,
+    q,
+    query,
+    key,
+    value,
+    start,
+    rows,
+    column,
+    stride_qs,
+    stride_ks,
+    stride_vs,
+    rng,
+    threshold,
+    bh,
+    seqlen_q,
+    seqlen_k,
+    diagonal,
+    begin_offset,
+    end_offset,
+    scale,
+    softcap,
+    slope,
+    mask,
+    stride_mq,
+    stride_mk,
+    NATURAL: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(total, top, mass) after BLOCK_N keys from `start` on."""
+    behind = tl.arange(0, BLOCK_N)
+    keys, left = start + behind, seqlen_k - start
+    key, value = row_at(key, start, stride_ks), row_at(value, start, stride_vs)
+    k = load_rows(key, behind, left, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    operands = q, k, query, rows, seqlen_q, stride_qs, key, behind, left, stride_ks
+    products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
+    place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
+    rules = scale, softcap, slope, mask, stride_mq, stride_mk
+    x, _ = scores_of(products, rows[:, None], keys[None, :], *place, *rules, WHOLE)
+    keep = None
+    if rng is not None:
+        keep = dropout_keep(rng, threshold, bh, rows, start, BLOCK_N)
+    v = load_rows(value, behind, left, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
+    return absorb(total, top, mass, x, v, keep, NATURAL, WHOLE, PRECISION)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "threshold"])
+def forward_kernel(
+    query,  # (B, Hq, Sq, D); packed, with cu_seqlens: rows of all sequences, and stride_b 0. The last dimension dense
+    key,
+    value,
+    mask,  # broadcast to (B, Hq, Sq, Sk) by strides, or None
+    alibi_slopes,
+    sinks,
+    rng,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    out,
+    lse,  # (B, Hq, Sq) or (Hq, Tq)
+    heads_q,
+    heads_k,
+    seqlen_q,  # packed: the longest
+    seqlen_k,
+    begin_offset,  # row i sees keys [i + diagonal + begin_offset, i + diagonal + end_offset)
+    end_offset,
+    threshold,
+    scale,  # times log2(e) unless NATURAL
+    softcap,
+    kept_scale,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_ab,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_lb,
+    stride_lh,
+    BOTTOM_RIGHT: tl.constexpr,
+    NATURAL: tl.constexpr,  # scores are in natural units, not in powers of 2
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One program per (batch, query head, BLOCK_M rows) and INNER columns of values; keys stream past once."""
+    COLUMNS: tl.constexpr = min(BLOCK_DV, INNER)
+    column = tl.program_id(1) * INNER
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the longest rows of a causal head begin
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // heads_q).to(tl.int64), (bh % heads_q).to(tl.int64)
+    lengths = seqlen_q, seqlen_k, begin_offset, end_offset
+    first_q, first_k, place = place_of(b, cu_seqlens_q, cu_seqlens_k, *lengths, BOTTOM_RIGHT)
+    seqlen_q, seqlen_k = place[0], place[1]
+    i_begin = block * BLOCK_M
+    if i_begin >= seqlen_q:
+        return
+    slope, head_mask = alibi_slopes, mask
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + b * stride_ab + h)
+    if mask is not None:
+        head_mask = mask + b * stride_mb + h * stride_mh
+    rules = scale, softcap, slope, head_mask, stride_mq, stride_mk
+    rows = i_begin + tl.arange(0, BLOCK_M)
+    query += b * stride_qb + h * stride_qh + first_q * stride_qs
+    h_k = h // (heads_q // heads_k)
+    key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
+    value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, INNER, PRECISION)
+
+    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    i_end = tl.minimum(i_begin + BLOCK_M, seqlen_q)
+    first, full_begin, full_end, edges = split_keys(i_begin, i_end, place[3], place[4], seqlen_k, BLOCK_N)
+    if mask is not None:
+        edges += (full_end - full_begin) // BLOCK_N
+        full_end = full_begin
+    else:
+        for start in range(full_begin, full_end, BLOCK_N):
+            operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
+            total, top, mass = _attend_block(total, top, mass, *operands, *place, *rules, NATURAL, True, *sizes)
+    for index in range(edges):
+        start = edge_block(index, first, full_begin, full_end, BLOCK_N)
+        operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
+        total, top, mass = _attend_block(total, top, mass, *operands, *place, *rules, NATURAL, False, *sizes)
+
+    sink = None
+    if sinks is not None:
+        sink = tl.load(sinks + h)
+    total, logarithm = finish(total, top, mass, sink, kept_scale, NATURAL)
+    lse += b * stride_lb + h * stride_lh + first_q
+    if column == 0:
+        tl.store(lse + rows, logarithm, mask=rows < seqlen_q)
+    out += b * stride_ob + h * stride_oh + first_q * stride_os
+    store_rows(out, total, rows, seqlen_q, stride_os, column, HEAD_DIM_V, COLUMNS)
