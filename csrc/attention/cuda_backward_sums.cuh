@@ -8,6 +8,18 @@ namespace fl {
 
 constexpr float kCoarse = 1024.0f;  // from here on neighbouring float32 numbers lie 1e-4 apart
 
+// A sum that keeps what its additions round off (Kahan 1965): one chain of hundreds of equal terms
+// would drift further than the rule for float32 allows.
+struct ExactSum {
+  float sum = 0.0f, lost = 0.0f;
+
+  __device__ __forceinline__ void add(float x) {
+    const float missing = x - lost, next = sum + missing;
+    lost = (next - sum) - missing;
+    sum = next;
+  }
+};
+
 // normalizer = 1 / (sum_j exp(s - lse) + exp(sink - lse)): 1 but for the rounding of lse.
 // minus_delta = dlse - normalizer sum_j exp(s - lse) dp: dlse - do . o but for the rounding of o.
 // One block per (batch, query head, kBlockM rows). Only for float32, whose ds would show the
@@ -43,7 +55,7 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
   const Dropout dropout = read_dropout(f);
 
   constexpr int kSteps = S::kBlockM / S::kStepM;
-  float sums[kSteps][S::kTilesN][2] = {}, dots[kSteps][S::kTilesN][2] = {};
+  ExactSum sums[kSteps][S::kTilesN][2], dots[kSteps][S::kTilesN][2];
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(i_end - 1);
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
     copy_rows<typename S::TileKv, S>(shared.k, head_of<T>(f.k, b, head_k, sequence.first_k),
@@ -60,8 +72,8 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
       tile.differentiate(f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys},
                          first,
                          [&](float probability, float, float dp, float, float, int, int n, int e) {
-                           sums[step][n][e % 2] += probability;
-                           dots[step][n][e % 2] += probability * dp;
+                           sums[step][n][e % 2].add(probability);
+                           dots[step][n][e % 2].add(probability * dp);
                          });
     }
     __syncthreads();  // k and v have been used by all
@@ -76,7 +88,7 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
     for (int n = 0; n < S::kTilesN; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float2 part = make_float2(sums[step][n][c], dots[step][n][c]);
+        float2 part = make_float2(sums[step][n][c].sum, dots[step][n][c].sum);
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) {
           part.x += __shfl_xor_sync(~0u, part.x, offset);
