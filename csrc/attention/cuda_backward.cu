@@ -41,7 +41,7 @@ BackwardScratch layout(const AttentionBackward& p, char* memory, int64_t* bytes)
     return at;
   };
   scratch.dq = reinterpret_cast<float*>(take(rows * scratch.columns * 4));
-  scratch.row_data = reinterpret_cast<float*>(take(rows * kRowBytes));
+  scratch.row_data = reinterpret_cast<float4*>(take(rows * kRowBytes));
   scratch.turns = reinterpret_cast<int*>(take(rows / 16 * 2 * 4));
   scratch.ticket = reinterpret_cast<int*>(take(4));
   *bytes = used;

@@ -120,34 +120,33 @@ class BackwardWarp {
     }
   }
 
-  // This lane's place in the warp's rows of ds.
-  __device__ __forceinline__ uint32_t place_of_ds() const {
+  // This lane's place in the warp's rows of ds, for queries from row `first` of the block on.
+  __device__ __forceinline__ uint32_t place_of_ds(int first) const {
     const unsigned thread = opaque(threadIdx.x);
     const uint32_t rows = shared_.ds + thread / 32 * S::kWarpKeys * S::TileDs::kRowBytes;
-    return S::TileDs::lane_accumulator(rows, thread % 32);
+    return S::TileDs::moved(S::TileDs::lane_accumulator(rows, thread % 32), 0, first * kSize / 16);
   }
   __device__ __forceinline__ void store_ds(const Accumulator (&ds)[S::kTilesM][S::kTilesN],
                                            int first) const {
-    const uint32_t place = place_of_ds();
+    const uint32_t place = place_of_ds(first);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int n = 0; n < S::kTilesN; ++n) {
-        S::TileDs::store(place, 16 * m, first / 8 + n, ds[m][n]);
+        S::TileDs::store(place, 16 * m, n, ds[m][n]);
       }
     }
   }
   // 16-bit numbers: the words of the operands, which are rounded already.
   __device__ __forceinline__ void store_ds(const Operands& ds, int first) const {
-    const uint32_t place = place_of_ds();
+    const uint32_t place = place_of_ds(first);
 #pragma unroll
     for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
       for (int step = 0; step < S::kStepM / 16; ++step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t to =
-              S::TileDs::moved(place, 16 * m + i % 2 * 8, first / 8 + 2 * step + i / 2);
+          const uint32_t to = S::TileDs::moved(place, 16 * m + i % 2 * 8, 2 * step + i / 2);
           shared_at<uint32_t>(to) = ds[step][m].r[i];
         }
       }
@@ -165,7 +164,7 @@ class BackwardWarp {
         S::TileKv::moved(S::TileKv::lane_b_transposed(shared_.k, lane), 0, column * kSize / 16);
     Accumulator dq[S::kStepM / 16][S::kColumnsQ / 8];
     clear(dq);
-    if (!S::kGeneral && stored(0) && stored(S::kWarps - 1)) {  // and all between
+    if (stored(0) && stored(S::kWarps - 1)) {  // and all between
       multiply_ds(dq, ds_lane, k_lane, columns, [](int) { return true; });
     } else {
       multiply_ds(dq, ds_lane, k_lane, columns, stored);

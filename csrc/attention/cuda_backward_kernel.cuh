@@ -46,7 +46,7 @@ class QueryStream {
       copy_rows<Tile, S>(shared_.q, q_, q.stride_s, m0, seqlen_, columns);
       copy_rows<Tile, S>(shared_.dout, dout_, dout.stride_s, m0, seqlen_, columns_v);
     }
-    copy_row_data<S>(scratch_.row_place(first_row + m0), shared_.rows);
+    copy_row_data<S>(scratch_.row_data + first_row + m0, shared_.rows);
     commit_copies();
   }
 
@@ -171,11 +171,17 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
   const int group = static_cast<int>(f.heads_q) / static_cast<int>(f.heads_k);
   int h = place[1] * group, heads = group;  // that are left
   QueryStream<S> stream(p, scratch, shared, sequence, b, h);
-  const Dropout dropout = read_dropout(f);
   const VisibleQueries queries(sequence, j0, j0 + S::kBlockN);
   int m0 = queries.some_begin / S::kBlockM * S::kBlockM;
   if (m0 >= queries.some_end) heads = 0;
-  if (heads > 0) stream.start(m0);
+  const auto start = [&] {
+    stream.start(m0);
+    if constexpr (S::kGeneral) {
+      store_decisions<S>(shared, f, sequence, ScoreRules(f, b, h, sequence.diagonal),
+                         {opaque(b), opaque(h), opaque(m0), opaque(j0)});
+    }
+  };
+  if (heads > 0) start();
   while (heads > 0) {
     wait_for_copies<0>();
     __syncthreads();  // q, dout and row data are here; ds has been used by all
@@ -188,12 +194,9 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
       tile.multiply(first, head_dim, head_dim_v);
       if constexpr (S::kGeneral) {
         const ScoreRules rules(f, b, h, sequence.diagonal);
-        tile.differentiate(f, sequence, rules, dropout, at, first,
-                           [&](float probability, float kept, float dp, float minus_delta,
-                               float slope, int m, int n, int e) {
-                             tile.s[m][n].r[e] = kept;
-                             tile.dp[m][n].r[e] = probability * (dp + minus_delta) * slope;
-                           });
+        tile.differentiate(f, sequence, rules, at, first,
+                           [&](float probability, float dp, float minus_delta, int m, int n,
+                               int e) { tile.dp[m][n].r[e] = probability * (dp + minus_delta); });
       } else {
         if (!keys.all(warp_j0, warp_j0 + S::kWarpKeys)) tile.hide(sequence, at);
         tile.differentiate(first, f.softmax_scale * kLog2e);
@@ -219,7 +222,7 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
       stream.next_head();
     }
     __syncthreads();  // ds is here; q and dout have been used by all
-    if (heads > 0) stream.start(m0);
+    if (heads > 0) start();
     sums.add_dq(scratch, sequence, row, i0, j0, column, head_dim);
   }
   wait_for_copies<0>();
@@ -228,7 +231,7 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
   const uint32_t warp_row = warp * S::kWarpKeys * S::TileKv::kRowBytes;
   sums.stage(sums.dk, shared.k + warp_row, head_dim - column, f.softmax_scale);
   sums.stage(sums.dv, shared.v + warp_row, head_dim_v - column,
-             dropout.enabled() ? dropout.scale() : 1.0f);
+             f.dropout.enabled() ? f.dropout.scale() : 1.0f);
   __syncwarp();
   const Sequence there(f, place[2]);
   store_rows<S>(head_of<T>(p.dk, place[2], place[1], there.first_k) + column, p.dk.stride_s,
@@ -243,7 +246,9 @@ __global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu, kWid
     attention_backward_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>;
-  if constexpr (kHasMma<T> && !(kOldGpu && kWide)) differentiate_block<S>(p, scratch);
+  // Old GPUs have too little memory for wide blocks and for float32 heads above 128.
+  constexpr bool kTooLarge = kOldGpu && (kWide || (S::kFloat && kDim > 128));
+  if constexpr (kHasMma<T> && !kTooLarge) differentiate_block<S>(p, scratch);
 }
 
 }  // namespace fl

@@ -77,17 +77,9 @@ __global__ void __launch_bounds__(kRowThreads)
                  inside ? columns : 0, aligned, thread % 8);
     const float lse = inside ? f.lse[statistics + i] : -INFINITY;
     const float dlse = inside && p.dlse ? p.dlse[statistics + i] : 0.0f;
-    // Where a row saw nothing, -inf makes all of its probabilities 0.
-    const float minus_lse = lse == -INFINITY ? -INFINITY : scratch.general ? -lse : -lse * kLog2e;
-    const float minus_delta = dlse - dot;
-    // Of the pair's data the even row's lane stores the first half, the odd row's the second.
-    const float next_lse = __shfl_xor_sync(~0u, minus_lse, 8);
-    const float last_delta = __shfl_xor_sync(~0u, minus_delta, 8);
-    if (thread % 8 == 0) {
-      reinterpret_cast<float4*>(scratch.row_data)[first + r] =
-          r % 2 == 0 ? make_float4(minus_lse, next_lse, 1.0f, 1.0f)
-                     : make_float4(last_delta, minus_delta, last_delta, minus_delta);
-    }
+    const float minus_lse = minus(lse) * (scratch.general ? 1.0f : kLog2e);
+    const float4 half = half_of_pair<8>(r % 2, minus_lse, 1.0f, dlse - dot);
+    if (thread % 8 == 0) scratch.row_data[first + r] = half;
   }
 }
 
@@ -105,29 +97,33 @@ __global__ void __launch_bounds__(kRowThreads)
   T* dq = static_cast<T*>(p.dq.data) + b * p.dq.stride_b + h * p.dq.stride_h +
           sequence.first_q * p.dq.stride_s;
   const bool aligned = (reinterpret_cast<uintptr_t>(dq) | p.dq.stride_s * sizeof(T)) % 16 == 0;
-  const int chunks = (static_cast<int>(f.head_dim) + 7) / 8;
-  for (int index = threadIdx.x; index < kRowUnit * chunks; index += kRowThreads) {
-    const int r = index / 8 / chunks * 8 + index % 8, chunk = index / 8 % chunks;
-    const int i = i0 + r, count = static_cast<int>(f.head_dim) - 8 * chunk;
+  constexpr int kChunk = 16 / sizeof(T), kInCell = 8 / kChunk;  // columns; chunks of 8 columns
+  struct alignas(2 * kChunk) Half {
+    float x[kChunk / 2];
+  };
+  const int cells = (static_cast<int>(f.head_dim) + 7) / 8;
+  for (int index = threadIdx.x; index < kRowUnit * cells * kInCell; index += kRowThreads) {
+    const int part = index % kInCell, of_rows = index / kInCell;  // 8 rows and one cell together
+    const int r = of_rows / 8 / cells * 8 + of_rows % 8, cell = of_rows / 8 % cells;
+    const int column = 8 * cell + kChunk * part;
+    const int i = i0 + r, count = static_cast<int>(f.head_dim) - column;
     if (i >= sequence.seqlen_q) continue;
     // Lanes 4 r % 8 to 4 r % 8 + 3 held columns 2 t (first 32 numbers) and 2 t + 1 (next).
-    const float* tile =
-        scratch.dq_tile(first + r, 8 * chunk, scratch.columns / 8) + r % 16 / 8 * 64 + r % 8 * 4;
-    const float4 even = *reinterpret_cast<const float4*>(tile);
-    const float4 odd = *reinterpret_cast<const float4*>(tile + 32);
-    const float values[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-    T* to = dq + i * p.dq.stride_s + 8 * chunk;
-    alignas(16) T rounded[8];
+    const float* tile = scratch.dq_tile(first + r, 8 * cell, scratch.columns / 8) +
+                        r % 16 / 8 * 64 + r % 8 * 4 + kChunk / 2 * part;
+    const Half even = *reinterpret_cast<const Half*>(tile);
+    const Half odd = *reinterpret_cast<const Half*>(tile + 32);
+    T* to = dq + i * p.dq.stride_s + column;
+    alignas(16) T rounded[kChunk];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) rounded[e] = T(values[e] * f.softmax_scale);
-    if (aligned && count >= 8) {
-#pragma unroll
-      for (size_t part = 0; part < sizeof(rounded) / 16; ++part) {
-        reinterpret_cast<uint4*>(to)[part] = reinterpret_cast<const uint4*>(rounded)[part];
-      }
+    for (int e = 0; e < kChunk; ++e) {
+      rounded[e] = T((e % 2 ? odd : even).x[e / 2] * f.softmax_scale);
+    }
+    if (aligned && count >= kChunk) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(rounded);
     } else {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
+      for (int e = 0; e < kChunk; ++e) {
         if (e < count) to[e] = rounded[e];
       }
     }

@@ -11,6 +11,7 @@ namespace fl {
 
 constexpr int kRowUnit = 64;   // rows of a sequence begin at a multiple of it in the scratch memory
 constexpr int kRowBytes = 16;  // of row data
+constexpr int kBitRow = 8;     // bytes of a query's decisions: a bit for each of 64 keys
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kOldGpu = true;  // 64 KB of shared memory
@@ -51,7 +52,7 @@ struct BackwardShape {
 // The block's tiles in shared memory, as 32-bit addresses; in general no wider than needed.
 template <class S>
 struct BackwardShared {
-  uint32_t k, v, q, dout, ds, rows, end;
+  uint32_t k, v, q, dout, ds, rows, shown, kept, end;
 
   __host__ __device__ __forceinline__ BackwardShared(uint32_t memory, int head_dim,
                                                      int head_dim_v) {
@@ -62,7 +63,9 @@ struct BackwardShared {
     dout = q + panels(dim) * S::TileQ::kPanelBytes;
     ds = dout + panels(dim_v) * S::TileQ::kPanelBytes;
     rows = ds + S::TileDs::kBytes;
-    end = rows + S::kBlockM * kRowBytes;
+    shown = rows + S::kBlockM * kRowBytes;
+    kept = shown + (S::kGeneral ? S::kBlockM * kBitRow : 0);
+    end = kept + (S::kGeneral ? S::kBlockM * kBitRow : 0);
   }
   static __host__ __device__ __forceinline__ int panels(int dim) {
     return (dim + S::kPanel - 1) / S::kPanel;
@@ -87,12 +90,28 @@ struct VisibleQueries {
   }
 };
 
+// Where a row saw nothing, -inf makes all of its probabilities 0.
+__device__ __forceinline__ float minus(float lse) { return lse == -INFINITY ? -INFINITY : -lse; }
+
+// What is known of two rows beside each other, so that a lane reads what its two columns of
+// accumulators begin with: minus_lse and the normalizer of both, and twice minus_delta of both. The
+// even row's lane gets the first half, that of the odd row, kDistance lanes on, the second.
+template <int kDistance>
+__device__ __forceinline__ float4 half_of_pair(bool odd, float minus_lse, float normalizer,
+                                               float minus_delta) {
+  const float next_lse = __shfl_xor_sync(~0u, minus_lse, kDistance);
+  const float next_normalizer = __shfl_xor_sync(~0u, normalizer, kDistance);
+  const float last_delta = __shfl_xor_sync(~0u, minus_delta, kDistance);
+  if (odd) return {last_delta, minus_delta, last_delta, minus_delta};
+  return {minus_lse, next_lse, normalizer, next_normalizer};
+}
+
 // Memory between the passes. Each head has `rows` rows; those of a sequence begin at a multiple of
 // kRowUnit, and rows behind its end are there up to the next.
 struct BackwardScratch {
-  float* dq;        // sums of ds k, (heads_q, rows, columns) in tiles of 16 x 8: see dq_tile
-  float* row_data;  // (heads_q, rows / 2, 8): see row_place
-  int* turns;       // (heads_q, rows / 16, 2): key blocks that have added to dq
+  float* dq;         // sums of ds k, (heads_q, rows, columns) in tiles of 16 x 8: see dq_tile
+  float4* row_data;  // (heads_q, rows): see half_of_pair
+  int* turns;        // (heads_q, rows / 16, 2): key blocks that have added to dq
   int* ticket;
   int64_t rows;
   int columns;        // of dq
@@ -104,11 +123,6 @@ struct BackwardScratch {
     const int64_t first = p.cu_seqlens_q ? (sequence.first_q + b * kRowUnit) / kRowUnit * kRowUnit
                                          : b * ((p.seqlen_q + kRowUnit - 1) / kRowUnit * kRowUnit);
     return h * rows + first;
-  }
-  // What is known of a row: [0] is minus_lse, [2] the normalizer, [4] and [6] are minus_delta. Two
-  // rows beside each other, so that a lane reads what its two columns of accumulators begin with.
-  __device__ __forceinline__ float* row_place(int64_t row) const {
-    return row_data + row / 2 * 8 + row % 2;
   }
   // 16 rows x 8 columns of dq as a warp's accumulators hold them: element e of lane l is number
   // 32 e + l. cells: columns / 8.

@@ -8,6 +8,18 @@ namespace fl {
 
 constexpr float kCoarse = 1024.0f;  // from here on neighbouring float32 numbers lie 1e-4 apart
 
+// A sum that keeps what its additions round off (Kahan 1965): one chain of hundreds of equal terms
+// would drift further than the rule for float32 allows.
+struct ExactSum {
+  float sum = 0.0f, lost = 0.0f;
+
+  __device__ __forceinline__ void add(float x) {
+    const float missing = x - lost, next = sum + missing;
+    lost = (next - sum) - missing;
+    sum = next;
+  }
+};
+
 // normalizer = 1 / (sum_j exp(s - lse) + exp(sink - lse)): 1 but for the rounding of lse.
 // minus_delta = dlse - normalizer sum_j exp(s - lse) dp: dlse - do . o but for the rounding of o.
 // One block per (batch, query head, kBlockM rows). Only for float32, whose ds would show the
@@ -26,8 +38,9 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
   const int i_end = min(m0 + S::kBlockM, sequence.seqlen_q), i = m0 + thread;
   const int64_t row = scratch.first_row(f, b, h, sequence) + m0;
   const bool mine = thread < S::kBlockM && i < i_end;
-  const float minus_lse = mine ? *scratch.row_place(row + thread) : 0.0f;
-  const bool coarse = fabsf(minus_lse) > kCoarse && minus_lse != -INFINITY;
+  const int64_t at = b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q + i;
+  const float lse = mine ? f.lse[at] : -INFINITY;
+  const bool coarse = fabsf(lse) > kCoarse && lse != -INFINITY;
   if (!__syncthreads_or(coarse || p.dmask || sizeof(T) == 4)) return;
 
   const int head_dim = static_cast<int>(f.head_dim), head_dim_v = static_cast<int>(f.head_dim_v);
@@ -37,19 +50,19 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
                                   m0, sequence.seqlen_q, head_dim);
   copy_rows<typename S::TileQ, S>(shared.dout, head_of<T>(p.dout, b, h, sequence.first_q),
                                   p.dout.stride_s, m0, sequence.seqlen_q, head_dim_v);
-  copy_row_data<S>(scratch.row_place(row), shared.rows);
+  copy_row_data<S>(scratch.row_data + row, shared.rows);
   GradientTile<S> tile(shared, warp, lane);
   const ScoreRules rules(f, b, h, sequence.diagonal);
-  const Dropout dropout = read_dropout(f);
 
   constexpr int kSteps = S::kBlockM / S::kStepM;
-  float sums[kSteps][S::kTilesN][2] = {}, dots[kSteps][S::kTilesN][2] = {};
+  ExactSum sums[kSteps][S::kTilesN][2], dots[kSteps][S::kTilesN][2];
   const int j_begin = sequence.begin(m0) / S::kBlockN * S::kBlockN, j_end = sequence.end(i_end - 1);
   for (int j0 = j_begin; j0 < j_end; j0 += S::kBlockN) {
     copy_rows<typename S::TileKv, S>(shared.k, head_of<T>(f.k, b, head_k, sequence.first_k),
                                      f.k.stride_s, j0, sequence.seqlen_k, head_dim);
     copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, head_k, sequence.first_k),
                                      f.v.stride_s, j0, sequence.seqlen_k, head_dim_v);
+    store_decisions<S>(shared, f, sequence, rules, {b, h, m0, j0});
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();  // k and v are here
@@ -57,11 +70,10 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
     for (int step = 0; step < kSteps; ++step) {
       const int first = step * S::kStepM;
       tile.multiply(first, head_dim, head_dim_v);
-      tile.differentiate(f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys},
-                         first,
-                         [&](float probability, float, float dp, float, float, int, int n, int e) {
-                           sums[step][n][e % 2] += probability;
-                           dots[step][n][e % 2] += probability * dp;
+      tile.differentiate(f, sequence, rules, {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
+                         [&](float probability, float dp, float, int, int n, int e) {
+                           sums[step][n][e % 2].add(probability);
+                           dots[step][n][e % 2].add(probability * dp);
                          });
     }
     __syncthreads();  // k and v have been used by all
@@ -76,7 +88,7 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
     for (int n = 0; n < S::kTilesN; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        float2 part = make_float2(sums[step][n][c], dots[step][n][c]);
+        float2 part = make_float2(sums[step][n][c].sum, dots[step][n][c].sum);
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) {
           part.x += __shfl_xor_sync(~0u, part.x, offset);
@@ -88,17 +100,17 @@ __device__ __forceinline__ void sum_rows(const AttentionBackward& p,
     }
   }
   __syncthreads();
-  if (!mine) return;
-  float sum = f.sinks ? exp2f((f.sinks[h] + minus_lse) * kLog2e) : 0.0f, dot = 0.0f;
+  if (warp * 32 >= S::kBlockM) return;
+  float sum = f.sinks && lse != -INFINITY ? exp2f((f.sinks[h] - lse) * kLog2e) : 0.0f, dot = 0.0f;
   for (int w = 0; w < S::kWarps; ++w) {
-    sum += parts[w * S::kBlockM + thread].x;
-    dot += parts[w * S::kBlockM + thread].y;
+    const float2 part = parts[w * S::kBlockM + thread % S::kBlockM];
+    sum += part.x;
+    dot += part.y;
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  const int64_t at = b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q + i;
-  float* data = scratch.row_place(row + thread);
-  data[2] = inverse;
-  data[4] = data[6] = (p.dlse ? p.dlse[at] : 0.0f) - dot * inverse;
+  const float minus_delta = mine ? (p.dlse ? p.dlse[at] : 0.0f) - dot * inverse : 0.0f;
+  const float4 half = half_of_pair<1>(thread % 2, minus(lse), inverse, minus_delta);
+  if (thread < S::kBlockM) scratch.row_data[row + thread] = half;
 }
 
 // The block's sums, (queries, keys), to dmask: added up where the mask is broadcast along one.
@@ -159,7 +171,6 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
 
   const BackwardShared<S> shared(shared_address(memory), head_dim, head_dim_v);
   GradientTile<S> tile(shared, warp, lane);
-  const Dropout dropout = read_dropout(f);
   constexpr int kSteps = S::kBlockM / S::kStepM;
   Accumulator sums[kSteps][S::kTilesN] = {};
   for (int b = b_begin; b < b_end; ++b) {
@@ -177,8 +188,9 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
                                            j0, seqlen_k, head_dim);
           copy_rows<typename S::TileKv, S>(shared.v, head_of<T>(f.v, b, h / group, 0), f.v.stride_s,
                                            j0, seqlen_k, head_dim_v);
-          copy_row_data<S>(scratch.row_place(scratch.first_row(f, b, h, sequence) + m0),
+          copy_row_data<S>(scratch.row_data + scratch.first_row(f, b, h, sequence) + m0,
                            shared.rows);
+          store_decisions<S>(shared, f, sequence, rules, {b, h, m0, j0});
           commit_copies();
           wait_for_copies<0>();
           __syncthreads();  // the tiles are here
@@ -187,9 +199,10 @@ __device__ __forceinline__ void differentiate_mask(const AttentionBackward& p,
             const int first = step * S::kStepM;
             tile.multiply(first, head_dim, head_dim_v);
             tile.differentiate(
-                f, sequence, rules, dropout, {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
-                [&](float probability, float, float dp, float minus_delta, float, int, int n,
-                    int e) { sums[step][n].r[e] += probability * (dp + minus_delta); });
+                f, sequence, rules, {b, h, m0 + first, j0 + warp * S::kWarpKeys}, first,
+                [&](float probability, float dp, float minus_delta, int, int n, int e) {
+                  sums[step][n].r[e] += probability * (dp + minus_delta);
+                });
           }
           __syncthreads();  // the tiles have been used by all
         }
@@ -230,11 +243,15 @@ __global__ void __launch_bounds__(kThreads)
     const Sequence sequence(f, b);
     const int64_t first_row = scratch.first_row(f, b, h, sequence);
     const float* lse_of = f.lse + b * f.lse_stride_b + h * f.lse_stride_h + sequence.first_q;
-    for (int i = thread; i < sequence.seqlen_q; i += kThreads) {
-      const float* data = scratch.row_place(first_row + i);
-      const float lse = lse_of[i];
+    for (int i0 = 0; i0 < sequence.seqlen_q; i0 += kThreads) {
+      const int i = i0 + thread;
+      float4 half = {};
+      if (i / 2 * 2 < sequence.seqlen_q) half = scratch.row_data[first_row + i];
+      const float next = __shfl_xor_sync(~0u, i % 2 ? half.x : half.w, 1);
+      const float normalizer = i % 2 ? next : half.z, minus_delta = i % 2 ? half.y : next;
+      const float lse = i < sequence.seqlen_q ? lse_of[i] : -INFINITY;
       const float probability = lse == -INFINITY ? 0.0f : exp2f((f.sinks[h] - lse) * kLog2e);
-      sum = fmaf(probability * data[2], data[4], sum);
+      sum = fmaf(probability * normalizer, minus_delta, sum);
     }
   }
   parts[thread] = sum;

@@ -35,10 +35,10 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const typename S::T* x,
 
 // Data of kBlockM rows to shared memory.
 template <class S>
-__device__ __forceinline__ void copy_row_data(const float* from, uint32_t to) {
+__device__ __forceinline__ void copy_row_data(const float4* from, uint32_t to) {
   const unsigned thread = opaque(threadIdx.x);
   static_assert(S::kBlockM <= S::kThreads);
-  if (thread < S::kBlockM) copy_async(to + thread * kRowBytes, from + thread * 4, kRowBytes);
+  if (thread < S::kBlockM) copy_async(to + thread * kRowBytes, from + thread, kRowBytes);
 }
 
 __device__ __forceinline__ Dropout read_dropout(const AttentionForward& f) {
@@ -82,6 +82,54 @@ __device__ __forceinline__ float exp_of(float x) {
   x = x < -128.0f ? -128.0f : x;  // exp gives 0
   const float whole = rintf(x * kLog2e);
   return exp2_approx(whole) * exp2_approx(fmaf(x, kLog2e, -whole));
+}
+
+// What shown(row, key), 8 bits for as many keys, says of all of the block's queries and keys, to
+// shared memory.
+template <class S, class F>
+__device__ __forceinline__ void store_shown(uint32_t to, F shown) {
+  constexpr int kPieces = S::kBlockN / 8, kStep = S::kThreads / kPieces;
+  static_assert(S::kBlockM % kStep == 0);
+  const int thread = opaque(threadIdx.x);
+  const int first = thread / kPieces, piece = thread % kPieces;
+#pragma unroll
+  for (int row = 0; row < S::kBlockM; row += kStep) {
+    shared_at<uint8_t>(to + (first + row) * kBitRow + piece) = shown(first + row, 8 * piece);
+  }
+}
+
+// A bit for each of the block's queries from i0 and keys from j0 on: which the bool mask shows,
+// which dropout keeps. Byte key / 8 % 8 of a query, bit key % 8.
+template <class S>
+__device__ __forceinline__ void store_decisions(const BackwardShared<S>& shared,
+                                                const AttentionForward& f, const Sequence& sequence,
+                                                const ScoreRules& rules, const TilePlace& at) {
+  if (f.mask.kind == MaskKind::kBool) {
+    const uint32_t to = shared.shown + at.j0 % 64 / 8;
+    if (rules.has_words(sequence, at.i0, S::kBlockM, at.j0, S::kBlockN)) {
+      store_shown<S>(to, [&](int row, int key) { return rules.shown(at.i0 + row, at.j0 + key); });
+    } else {
+      store_shown<S>(
+          to, [&](int row, int key) { return rules.shown(at.i0 + row, at.j0 + key, sequence); });
+    }
+  }
+  if (!f.dropout.enabled()) return;
+  const Dropout dropout = read_dropout(f);
+  static_assert(S::kBlockM * kBitRow % S::kThreads == 0);  // whole warps come to the ballots
+  const auto bh = static_cast<uint32_t>(at.b * f.heads_q + at.h);
+  for (unsigned index = opaque(threadIdx.x); index < S::kBlockM * kBitRow; index += S::kThreads) {
+    const unsigned row = index / kBitRow, key = index % kBitRow;
+    const PhiloxWords random =
+        philox4x32_10(at.j0 / 64 * 8 + key, at.i0 + row, bh, dropout.offset, dropout.seed);
+    uint32_t own = 0;  // decisions on 8 keys beside each other for four queries
+#pragma unroll
+    for (unsigned slot = 0; slot < kBitRow; ++slot) {
+      const uint32_t bits = random.word[slot / 2] >> slot % 2 * 16 & 0xffff;
+      const uint32_t all = __ballot_sync(~0u, bits >= dropout.threshold);
+      if (slot == key) own = all;
+    }
+    shared_at<uint8_t>(shared.kept + index) = own >> row % 4 * 8;
+  }
 }
 
 template <class S>
@@ -134,13 +182,13 @@ class GradientTile {
     });
   }
 
-  // s to p, dp to dropout(dp), with all rules; f(p, dropped p, dropped dp, minus_delta, slope of
-  // the softcap, m, n, e) leaves there what it wants.
+  // s to dropout(p), with all rules; f(p, dropout(dp), minus_delta, m, n, e) takes what it wants,
+  // and what it leaves in dp is multiplied by the softcap's slope. store_decisions has gone before.
   template <class F>
   __device__ __forceinline__ void differentiate(const AttentionForward& p, const Sequence& sequence,
-                                                const ScoreRules& rules, const Dropout& dropout,
-                                                const TilePlace& at, int first, F f) {
-    const float factor = dropout.enabled() ? dropout.scale() : 1.0f;
+                                                const ScoreRules& rules, const TilePlace& at,
+                                                int first, F f) {
+    const float factor = p.dropout.scale();
     const bool all =
         at.i0 + S::kStepM <= sequence.seqlen_q &&
         VisibleKeys(sequence, at.i0, at.i0 + S::kStepM).all(at.j0, at.j0 + S::kWarpKeys);
@@ -150,25 +198,26 @@ class GradientTile {
       const float2 minus_lse = shared_at<float2>(row);
       const float2 normalizer = shared_at<float2>(row + 8);
       const float2 minus_delta = shared_at<float2>(row + 16);
-      float slopes[S::kTilesM][4];
-      shape(n, p, sequence, rules, at, slopes);
+      float slopes[S::kTilesM][4], probability[S::kTilesM][4];
+      shape(n, p, sequence, rules, at, first, slopes);
       if (!all) hide(n, sequence, at);
-#pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const uint32_t random =
-              dropout.enabled() ? random_of(p, dropout, at, query_of(at, n, c), m) : 0;
-#pragma unroll
-          for (int e = c; e < 4; e += 2) {
-            const float x = s[m][n].r[e] + (c ? minus_lse.y : minus_lse.x);
-            const float probability = exp_of<T>(x) * (c ? normalizer.y : normalizer.x);
-            const bool kept = (random >> 16 * (e / 2) & 0xffff) >= dropout.threshold;
-            f(probability, kept ? probability : 0.0f, kept ? dp[m][n].r[e] * factor : 0.0f,
-              c ? minus_delta.y : minus_delta.x, slopes[m][e], m, n, e);
-          }
-        }
+      each([&](int m, int e) {
+        const float x = s[m][n].r[e] + (e % 2 ? minus_lse.y : minus_lse.x);
+        s[m][n].r[e] = exp_of<T>(x) * (e % 2 ? normalizer.y : normalizer.x);
+        probability[m][e] = s[m][n].r[e];
+      });
+      if (p.dropout.enabled()) {
+        const Decisions kept = decisions(shared_.kept, at, first, n);
+        each([&](int m, int e) {
+          const bool keeps = kept.yes(e);
+          s[m][n].r[e] = keeps ? s[m][n].r[e] : 0.0f;
+          dp[m][n].r[e] = keeps ? dp[m][n].r[e] * factor : 0.0f;
+        });
       }
+      each([&](int m, int e) {
+        f(probability[m][e], dp[m][n].r[e], e % 2 ? minus_delta.y : minus_delta.x, m, n, e);
+      });
+      if (p.softcap > 0.0f) each([&](int m, int e) { dp[m][n].r[e] *= slopes[m][e]; });
     }
   }
 
@@ -201,13 +250,31 @@ class GradientTile {
   template <bool kMinusDelta>
   __device__ __forceinline__ void product(Accumulator (&x)[S::kTilesM][S::kTilesN], uint32_t a_tile,
                                           uint32_t b_tile, int first, int dim) {
-    const int steps = S::kGeneral ? (dim + kDepth<T> - 1) / kDepth<T> : S::kDim / kDepth<T>;
-    const LanePlace<S, typename S::TileKv> keys(shared_, a_, a_tile, 0);
-    const LanePlace<S, typename S::TileQ> queries(shared_, b_, b_tile, first);
+    LanePlace<S, typename S::TileKv> keys(shared_, a_, a_tile, 0);
+    LanePlace<S, typename S::TileQ> queries(shared_, b_, b_tile, first);
     const uint32_t row = row_data(first);
-    if constexpr (S::kGeneral) map([&](int m, int n, int e) { x[m][n].r[e] = 0.0f; });
-#pragma unroll(S::kGeneral ? 1 : S::kDim / kDepth<T>)
-    for (int step = 0; step < steps; ++step) {
+    multiply_columns<true, kMinusDelta>(x, keys, queries, row, dim);
+    if constexpr (S::kGeneral) {
+#pragma unroll 1
+      for (dim -= S::kPanel; dim > 0; dim -= S::kPanel) {
+        keys.address += S::TileKv::kPanelBytes;
+        queries.address += S::TileQ::kPanelBytes;
+        multiply_columns<false, kMinusDelta>(x, keys, queries, row, dim);
+      }
+    }
+  }
+
+  // The same for all columns, or in general for those of a panel, of which `columns` are there;
+  // added to x unless kBegins.
+  template <bool kBegins, bool kMinusDelta>
+  __device__ __forceinline__ void multiply_columns(Accumulator (&x)[S::kTilesM][S::kTilesN],
+                                                   const LanePlace<S, typename S::TileKv>& keys,
+                                                   const LanePlace<S, typename S::TileQ>& queries,
+                                                   uint32_t row, int columns) {
+    constexpr int kColumns = S::kGeneral ? S::kPanel : S::kDim;
+#pragma unroll
+    for (int step = 0; step < kColumns / kDepth<T>; ++step) {
+      if (S::kGeneral && step > 0 && step * kDepth<T> >= columns) break;
       FragmentA<T> a[S::kTilesM];
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m)
@@ -216,7 +283,7 @@ class GradientTile {
       for (int n = 0; n < S::kTilesN; n += 2) {
         FragmentB<T> b[2];
         S::TileQ::load_b(b, queries.address, step, queries.row + 8 * n);
-        const bool begins = !S::kGeneral && step == 0;
+        const bool begins = kBegins && step == 0;
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
 #pragma unroll
@@ -240,14 +307,27 @@ class GradientTile {
     }
   }
 
-  // The scores of 8 columns, number n, from k q': softcap, ALiBi and mask. slopes: of the softcap.
+  // What is decided about the lane's two keys and its two queries in columns 8 n to 8 n + 7 from
+  // row `first` of the block on.
+  struct Decisions {
+    uint32_t of_query[2];
+    __device__ __forceinline__ bool yes(int e) const { return of_query[e % 2] >> e / 2 * 8 & 1; }
+  };
+  __device__ __forceinline__ Decisions decisions(uint32_t table, const TilePlace& at, int first,
+                                                 int n) const {
+    static_assert(S::kTilesM == 1);
+    const uint32_t lane_place = table + lane_ % 4 * 2 * kBitRow + at.j0 % 64 / 8;
+    const uint32_t place = lane_place + first * kBitRow + n * (8 * kBitRow);
+    const uint32_t even = shared_at<uint16_t>(place), odd = shared_at<uint16_t>(place + kBitRow);
+    return {even >> lane_ / 4, odd >> lane_ / 4};
+  }
+
+  // The scores of columns 8 n to 8 n + 7 from k q': softcap, where slopes are its own, ALiBi and
+  // mask. The tile begins with row `first` of the block.
   __device__ __forceinline__ void shape(int n, const AttentionForward& p, const Sequence& sequence,
-                                        const ScoreRules& rules, const TilePlace& at,
+                                        const ScoreRules& rules, const TilePlace& at, int first,
                                         float (&slopes)[S::kTilesM][4]) {
-    each([&](int m, int e) {
-      s[m][n].r[e] *= p.softmax_scale;
-      slopes[m][e] = 1.0f;
-    });
+    each([&](int m, int e) { s[m][n].r[e] *= p.softmax_scale; });
     if (p.softcap > 0.0f) {
       each([&](int m, int e) { s[m][n].r[e] = softcapped(s[m][n].r[e], p.softcap, slopes[m][e]); });
     }
@@ -255,12 +335,34 @@ class GradientTile {
       each(
           [&](int m, int e) { s[m][n].r[e] -= rules.alibi(query_of(at, n, e), key_of(at, m, e)); });
     }
-    if (p.mask.kind == MaskKind::kNone) return;
-    const int last_i = sequence.seqlen_q - 1, last_j = sequence.seqlen_k - 1;
-    each([&](int m, int e) {  // inside of the mask, where hide has yet to come
-      const int i = min(query_of(at, n, e), last_i), j = min(key_of(at, m, e), last_j);
-      s[m][n].r[e] += rules.mask_at(i, j);
-    });
+    if (p.mask.kind == MaskKind::kBool) {
+      const Decisions shown = decisions(shared_.shown, at, first, n);
+      each([&](int m, int e) { s[m][n].r[e] = shown.yes(e) ? s[m][n].r[e] : -INFINITY; });
+    } else if (p.mask.kind == MaskKind::kAdditive) {
+      add_mask(n, sequence, rules, at);
+    }
+  }
+  __device__ __forceinline__ void add_mask(int n, const Sequence& sequence, const ScoreRules& rules,
+                                           const TilePlace& at) {
+    const bool whole = rules.has_words(sequence, at.i0 + 8 * n, 8, at.j0, S::kWarpKeys);
+    // Products of float32 without tensor cores leave no register for the other way.
+    constexpr bool kAlone = kOldGpu && S::kFloat;
+    if (kAlone || !whole || !rules.has_halves()) {
+      each([&](int m, int e) {
+        s[m][n].r[e] += rules.added(opaque(query_of(at, n, e)), opaque(key_of(at, m, e)), sequence);
+      });
+      return;
+    }
+    // Lane 4 g + t reads keys 2 g and 2 g + 1, 32 bytes of a query together, and wants g and g + 8.
+    const int from = lane_ / 8 * 4 + lane_ % 4, shift = lane_ / 4 % 2 * 16;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const auto* place = rules.mask_place<uint16_t>(query_of(at, n, e), at.j0 + lane_ / 4 * 2);
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(place);
+      const uint32_t low = __shfl_sync(~0u, pair, from), high = __shfl_sync(~0u, pair, from + 16);
+      s[0][n].r[e] += rules.of_half(low >> shift);
+      s[0][n].r[e + 2] += rules.of_half(high >> shift);
+    }
   }
   // Hides those of pairs that do not see each other.
   __device__ __forceinline__ void hide(int n, const Sequence& sequence, const TilePlace& at) {
@@ -277,19 +379,6 @@ class GradientTile {
     if constexpr (!kMinusDelta) return {};
     const float4 start = shared_at<float4>(row + 16);
     return {start.x, start.y, start.z, start.w};
-  }
-
-  // The 16 random bits of keys lane / 4 (lower half) and lane / 4 + 8 of tile m. philox.h.
-  __device__ __forceinline__ uint32_t random_of(const AttentionForward& p, const Dropout& dropout,
-                                                const TilePlace& at, int i, int m) const {
-    const int j = at.j0 + 16 * m;
-    const auto counter = static_cast<uint32_t>(j / 64 * 8 + lane_ / 4);
-    const auto bh = static_cast<uint32_t>(at.b * p.heads_q + at.h);
-    const PhiloxWords random =
-        philox4x32_10(counter, static_cast<uint32_t>(i), bh, dropout.offset, dropout.seed);
-    const uint32_t low = j & 16 ? random.word[1] : random.word[0];
-    const uint32_t high = j & 16 ? random.word[3] : random.word[2];
-    return j & 32 ? high : low;
   }
 
   const BackwardShared<S>& shared_;

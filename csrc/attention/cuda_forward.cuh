@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention/cuda_scores.cuh"
+#include "common/codegen.cuh"
 #include "common/shared_tile.cuh"
 
 namespace fl {
@@ -67,11 +68,14 @@ class ForwardWarp {
     const Accumulator zero = {{0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int step = 0; step < S::kSteps; ++step) {
-      FragmentA<T> fresh[S::kTilesM];
-      FragmentA<T>(&q)[S::kTilesM] = S::kKeepsQ ? kept_[S::kKeepsQ ? step : 0] : fresh;
-      if constexpr (!S::kKeepsQ) {
+      FragmentA<T> q[S::kTilesM];
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) read_q(fresh[m], step, m);
+      for (int m = 0; m < S::kTilesM; ++m) {
+        if constexpr (S::kKeepsQ) {
+          q[m] = kept_[step][m];
+        } else {
+          read_q(q[m], step, m);
+        }
       }
 #pragma unroll
       for (int n = 0; n < S::kTilesN; n += 2) {
@@ -99,6 +103,48 @@ class ForwardWarp {
           scores_[m][n].r[e] = f(scores_[m][n].r[e], row, column);
         }
       }
+    }
+  }
+
+  // Hides what a bool mask does not show. The warp's first query is i0, the tile's first key j0;
+  // whole: the mask has words there.
+  __device__ __forceinline__ void hide(const ScoreRules& rules, const Sequence& sequence, int i0,
+                                       int j0, bool whole, int lane) {
+    if (whole) {
+      hide(lane, [&](int row, int column) { return rules.shown(i0 + row, j0 + column); });
+    } else {
+      hide(lane, [&](int row, int column) { return rules.shown(i0 + row, j0 + column, sequence); });
+    }
+  }
+
+  // Adds an additive mask, likewise.
+  __device__ __forceinline__ void add_mask(const ScoreRules& rules, const Sequence& sequence,
+                                           int i0, int j0, bool whole, int lane) {
+    const int i = i0 + lane / 4, t = lane % 4;
+    if (!whole) {
+      add_pairs([&](int row, int column, float2& low, float2& high) {
+        const int q = opaque(i) + row, k = opaque(j0) + column + 2 * t;
+        low = {rules.added(q, k, sequence), rules.added(q, k + 1, sequence)};
+        high = {rules.added(q, k + 8, sequence), rules.added(q, k + 9, sequence)};
+      });
+    } else if (rules.has_halves()) {
+      // Lane t of four reads keys 4 t to 4 t + 3 and wants 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: one
+      // word comes from the lanes 0 and 1, which read the lower keys, one from 2 and 3.
+      const bool upper = t / 2, odd = t % 2;
+      add_pairs([&](int row, int column, float2& low, float2& high) {
+        const auto* place = rules.mask_place<uint16_t>(i + row, j0 + column + 4 * t);
+        const uint2 own = *reinterpret_cast<const uint2*>(place);
+        const uint32_t x = __shfl_sync(~0u, upper ? own.y : own.x, t / 2 + 2 * odd, 4);
+        const uint32_t y = __shfl_sync(~0u, upper ? own.x : own.y, t / 2 + 2 * !odd, 4);
+        low = rules.of_halves(odd ? y : x);
+        high = rules.of_halves(odd ? x : y);
+      });
+    } else {
+      add_pairs([&](int row, int column, float2& low, float2& high) {
+        const auto* place = rules.mask_place<float>(i + row, j0 + column + 2 * t);
+        low = *reinterpret_cast<const float2*>(place);
+        high = *reinterpret_cast<const float2*>(place + 8);
+      });
     }
   }
 
@@ -188,11 +234,14 @@ class ForwardWarp {
   __device__ __forceinline__ void multiply_v() {
 #pragma unroll
     for (int step = 0; step < kStepsV; ++step) {
-      FragmentA<T> fresh[S::kTilesM];
-      FragmentA<T>(&p)[S::kTilesM] = kPacks ? packed_[kPacks ? step : 0] : fresh;
-      if constexpr (!kPacks) {
+      FragmentA<T> p[S::kTilesM];
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) read_scores(fresh[m], step, m);
+      for (int m = 0; m < S::kTilesM; ++m) {
+        if constexpr (kPacks) {
+          p[m] = packed_[step][m];
+        } else {
+          read_scores(p[m], step, m);
+        }
       }
 #pragma unroll
       for (int d = 0; d < S::kTilesD; d += 2) {
@@ -250,6 +299,51 @@ class ForwardWarp {
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[m][n].r[e] = 0.0f;
+      }
+    }
+  }
+
+  // Hides what shown(row, column), 8 bits for as many columns, does not show.
+  template <class F>
+  __device__ __forceinline__ void hide(int lane, F shown) {
+    constexpr int kTiles = S::kTilesN < 4 ? S::kTilesN : 4;  // a lane's 8 columns, four lanes' 32
+    const int t = lane % 4;
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+#pragma unroll
+      for (int first = 0; first < S::kTilesN; first += kTiles) {
+        uint32_t bits = 0;
+        if (t < kTiles) bits = shown(8 * row + lane / 4, 8 * (first + t)) << 8 * t;
+        bits |= __shfl_xor_sync(~0u, bits, 1);
+        bits |= __shfl_xor_sync(~0u, bits, 2);
+        bits >>= 2 * t;  // 8 n and 8 n + 1 are the lane's
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = scores_[row / 2][first + n].r[2 * (row % 2) + e];
+            x = bits >> (8 * n + e) & 1 ? x : -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Adds what f(row, column, low, high) says to the lane's scores in `row` of those that it begins
+  // with, and in columns 0 and 1 (low), 8 and 9 (high) from `column` on.
+  template <class F>
+  __device__ __forceinline__ void add_pairs(F f) {
+#pragma unroll
+    for (int row = 0; row < 2 * S::kTilesM; ++row) {
+#pragma unroll
+      for (int n = 0; n < S::kTilesN; n += 2) {
+        float2 x[2];
+        f(8 * row, 8 * n, x[0], x[1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scores_[row / 2][n + half].r[2 * (row % 2)] += x[half].x;
+          scores_[row / 2][n + half].r[2 * (row % 2) + 1] += x[half].y;
+        }
       }
     }
   }

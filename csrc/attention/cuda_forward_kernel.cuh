@@ -109,22 +109,35 @@ __device__ __forceinline__ void adjust_scores(ForwardWarp<S>& warp, const Forwar
   const int i0 = task.i0;
   if constexpr (S::kGeneral) {
     const ScoreRules rules(p, task.b, task.h, sequence.diagonal);
-    warp.map(task.lane, [&](float x, int row, int column) {
-      const int i = i0 + row, j = j0 + column;
-      const bool visible = i < sequence.seqlen_q && j >= sequence.begin(i) && j < sequence.end(i);
-      return visible ? rules(x, i, j) : -INFINITY;
-    });
-  } else if (!keys.all(j0, j0 + S::kBlockN)) {
-    if (p.window_left < 0) {
-      warp.map(task.lane, [&](float x, int row, int column) {
-        return column < sequence.end(i0 + row) - j0 ? x : -INFINITY;
-      });
-    } else {
-      warp.map(task.lane, [&](float x, int row, int column) {
-        const int i = i0 + row, j = j0 + column;
-        return j >= sequence.begin(i) && j < sequence.end(i) ? x : -INFINITY;
+    warp.map(task.lane, [&](float x, int, int) { return x * p.softmax_scale; });
+    if (p.softcap > 0.0f) {
+      warp.map(task.lane, [&](float x, int, int) {
+        float slope;
+        return softcapped(x, p.softcap, slope);
       });
     }
+    if (p.alibi_slopes) {
+      warp.map(task.lane, [&](float x, int row, int column) {
+        return x - rules.alibi(i0 + row, j0 + column);
+      });
+    }
+    const bool whole = rules.has_words(sequence, i0, S::kWarpRows, j0, S::kBlockN);
+    if (p.mask.kind == MaskKind::kBool) {
+      warp.hide(rules, sequence, i0, j0, whole, task.lane);
+    } else if (p.mask.kind == MaskKind::kAdditive) {
+      warp.add_mask(rules, sequence, i0, j0, whole, task.lane);
+    }
+  }
+  if (keys.all(j0, j0 + S::kBlockN)) return;
+  if (p.window_left < 0) {
+    warp.map(task.lane, [&](float x, int row, int column) {
+      return column < sequence.end(i0 + row) - j0 ? x : -INFINITY;
+    });
+  } else {
+    warp.map(task.lane, [&](float x, int row, int column) {
+      const int i = i0 + row, j = j0 + column;
+      return j >= sequence.begin(i) && j < sequence.end(i) ? x : -INFINITY;
+    });
   }
 }
 

@@ -75,13 +75,9 @@ class ScoreRules {
       : p_(p), diagonal_(diagonal) {
     slope_ = p.alibi_slopes ? p.alibi_slopes[b * p.alibi_stride_b + h] : 0.0f;
     mask_ = b * p.mask.stride_b + h * p.mask.stride_h;
-  }
-
-  __device__ __forceinline__ float operator()(float dot, int i, int j) const {
-    float slope;
-    float x = shaped_score(p_, dot, slope_, i + diagonal_ - j, slope);
-    if (p_.mask.kind != MaskKind::kNone) x += mask_at(i, j);
-    return x;
+    const int size = p.mask.kind == MaskKind::kBool ? 1 : has_halves() ? 2 : 4;
+    const auto first = reinterpret_cast<uintptr_t>(p.mask.data) + mask_ * size;
+    has_words_ = p.mask.stride_k == 1 && (first | p.mask.stride_q * size) % 8 == 0;
   }
 
   // What ALiBi takes away.
@@ -89,24 +85,68 @@ class ScoreRules {
     return slope_ * fabsf(static_cast<float>(i + diagonal_ - j));
   }
 
-  // What the mask adds: 0 or -inf where it is bool.
-  __device__ __forceinline__ float mask_at(int i, int j) const {
+  // Which of the keys j to j + 7 a bool mask shows to query i: a bit each, 0 outside of the mask.
+  __device__ __forceinline__ uint32_t shown(int i, int j, const Sequence& sequence) const {
+    const uint8_t* from = mask_place<uint8_t>(i, j);
+    const int count = i < sequence.seqlen_q ? min(8, sequence.seqlen_k - j) : 0;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int e = 0; e < count; ++e) {
+      bits |= static_cast<uint32_t>(from[e * p_.mask.stride_k] != 0) << e;
+    }
+    return bits;
+  }
+  // The same where the mask has words.
+  __device__ __forceinline__ uint32_t shown(int i, int j) const {
+    const uint2 bytes = *reinterpret_cast<const uint2*>(mask_place<uint8_t>(i, j));
+    return bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4;
+  }
+
+  // What an additive mask adds; outside of it, what it adds at its edge.
+  __device__ __forceinline__ float added(int i, int j, const Sequence& sequence) const {
+    i = min(i, sequence.seqlen_q - 1);
+    j = min(j, sequence.seqlen_k - 1);
+    return has_halves() ? of_half(*mask_place<uint16_t>(i, j)) : *mask_place<float>(i, j);
+  }
+
+  // An additive mask of 16-bit numbers.
+  __device__ __forceinline__ bool has_halves() const { return p_.mask.dtype != DType::kFloat32; }
+
+  // Whether the queries from i and the keys from j on are inside of a mask whose rows can be read
+  // in words of 8 bytes.
+  __device__ __forceinline__ bool has_words(const Sequence& sequence, int i, int queries, int j,
+                                            int keys) const {
+    return has_words_ && i + queries <= sequence.seqlen_q && j + keys <= sequence.seqlen_k;
+  }
+
+  // The number in the lower half of a word of 16-bit ones.
+  __device__ __forceinline__ float of_half(uint32_t bits) const {
+    const float brain = __uint_as_float(bits << 16);
+    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    return p_.mask.dtype == DType::kBFloat16 ? brain : half;
+  }
+  __device__ __forceinline__ float2 of_halves(uint32_t word) const {
+    return {of_half(word), of_half(word >> 16)};
+  }
+
+  template <class T>
+  __device__ __forceinline__ const T* mask_place(int i, int j) const {
     const int64_t at = mask_ + i * p_.mask.stride_q + j * p_.mask.stride_k;
-    if (p_.mask.kind == MaskKind::kBool) {
-      return static_cast<const uint8_t*>(p_.mask.data)[at] ? 0.0f : -INFINITY;
-    }
-    if (p_.mask.dtype == DType::kFloat32) return static_cast<const float*>(p_.mask.data)[at];
-    if (p_.mask.dtype == DType::kFloat16) {
-      return __half2float(static_cast<const __half*>(p_.mask.data)[at]);
-    }
-    return __bfloat162float(static_cast<const __nv_bfloat16*>(p_.mask.data)[at]);
+    return static_cast<const T*>(p_.mask.data) + at;
   }
 
  private:
+  // Which of four bytes are not 0.
+  static __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t bytes) {
+    const uint32_t tops = ((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu | bytes) & 0x80808080u;
+    return tops * 0x00204081u >> 28;
+  }
+
   const AttentionForward& p_;
   int64_t mask_;
   float slope_;
   int diagonal_;
+  bool has_words_;  // 8 bytes of a row that begin at a multiple of 8
 };
 
 }  // namespace fl

@@ -21,9 +21,10 @@ struct SharedTile {
   static_assert(kColumns * kSize % 64 == 0 && kRows % 8 == 0);
 
   // Of the 8 rows that share the banks, no two have the same value; 32-bit numbers also need rows t
-  // and rows 2t, t < 4, to differ above the last bit, because their columns are two chunks wide.
+  // and, in panels of 128 bytes, rows 2t, t < 4, to differ above the last bit, because their
+  // columns are two chunks wide.
   static __host__ __device__ constexpr int swizzle(int row) {
-    if (kRowBytes == 64) return row >> 1 & 3;
+    if (kRowBytes == 64) return row & 2 | row >> 2 & 1;
     return kSize == 2 ? row & 7 : (row >> 2 & 1) * 5 ^ (row & 2) ^ (row & 1) << 2;
   }
 

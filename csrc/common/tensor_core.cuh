@@ -23,6 +23,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/codegen.cuh"
+
 namespace fl {
 
 // A float of which the first 10 bits after the point are multiplied: torch's allow_tf32.
@@ -176,13 +178,9 @@ __device__ __forceinline__ void to_fragment_a(FragmentA<T>& a, const Accumulator
     for (int i = 0; i < 4; ++i) a.r[i] = pack<T>(c[i / 2].r[i % 2 * 2], c[i / 2].r[i % 2 * 2 + 1]);
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#pragma unroll
-    for (int column = 0; column < 8; ++column) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        a.r[row][column] = __shfl_sync(~0u, c->r[2 * row + column % 2], column / 2, 4);
-      }
-    }
+    unrolled<16>([&](auto i) {
+      a.r[i / 8][i % 8] = __shfl_sync(~0u, c->r[i / 8 * 2 + i % 2], i % 8 / 2, 4);
+    });
 #else
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.set(i, __float_as_uint(c->r[i % 2 * 2 + i / 2]));

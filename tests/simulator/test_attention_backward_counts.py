@@ -51,6 +51,27 @@ def test_counts(head_dim, is_causal):
         assert counts["global"]["sectors"] / tiles <= sectors
 
 
+GENERAL = {  # warp instructions of PTX per 64 x 64 scores at most, with what options
+    "bool mask": (8400, {"attn_mask": torch.ones(1, 1, 512, 512, dtype=torch.bool)}),
+    "additive mask": (9600, {"attn_mask": torch.zeros(1, 1, 512, 512, dtype=torch.bfloat16)}),
+    "dropout": (10800, {"dropout_p": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_general_counts(name):
+    most, options = GENERAL[name]
+    _, kernels = backward(64, **options)
+    assert kernels["attention_backward_kernel"]["total"] / 64 <= most
+
+
+def test_random_numbers_are_used_whole():
+    """128 bits decide on 8 keys: 512 times in a tile of 64 x 64, by 16 warps, who then ask each other 8 times."""
+    _, kernels = backward(64, dropout_p=0.1)
+    lines = kernels["attention_backward_kernel"]["lines"]
+    assert sum(line["issued"] for line in lines if "vote.sync.ballot" in line["instruction"]) == 64 * 16 * 8
+
+
 def test_deterministic_mode_costs_little(monkeypatch):
     """1.012 times the instructions of the fast mode, without those of waiting: with one worker the simulator runs one
     block after the other in the order of their tickets, and each finds its turn come at the first look."""

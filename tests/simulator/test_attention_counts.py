@@ -54,6 +54,20 @@ def test_counts(head_dim, is_causal):
     assert counts["global"]["bytes"] == wanted
 
 
+GENERAL = {  # warp instructions of PTX per 64 x 64 scores at most, with what options
+    "bool mask": (3500, {"attn_mask": torch.ones(1, 1, 512, 512, dtype=torch.bool)}),
+    "additive mask": (3900, {"attn_mask": torch.zeros(1, 1, 512, 512, dtype=torch.bfloat16)}),
+    "dropout": (4700, {"dropout_p": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_general_counts(name):
+    most, options = GENERAL[name]
+    _, counts = forward(64, **options)
+    assert counts["total"] / 64 <= most
+
+
 @pytest.mark.parametrize("head_dim, rows", [(32, 64), (64, 64), (128, 64), (256, 32)])
 def test_float32_counts(head_dim, rows):
     """Every number is read once per block, without bank conflicts; a product is three of TF32, a short one four."""
