@@ -23,8 +23,9 @@ triton = pytest.importorskip("triton")
 from triton import language as tl  # noqa: E402
 
 from fastlayers.triton import attention_decode_kernels, attention_rules, attention_tiles  # noqa: E402
-from fastlayers.triton.attention_backward import key_gradient_kernel, query_gradient_kernel  # noqa: E402
 from fastlayers.triton.attention_forward import forward_kernel  # noqa: E402
+from fastlayers.triton.attention_key_gradient import key_gradient_kernel  # noqa: E402
+from fastlayers.triton.attention_query_gradient import query_gradient_kernel  # noqa: E402
 from tests.triton_compiler import assert_fits, compile_kernel  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

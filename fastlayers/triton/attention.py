@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastlayers.ops.attention import _allocate_like
 from fastlayers.triton import attention_tiles as tiles
-from fastlayers.triton.attention_backward import key_gradient_kernel, query_gradient_kernel
 from fastlayers.triton.attention_forward import forward_kernel
 from fastlayers.triton.attention_inputs import (
     Inputs,
@@ -20,7 +19,9 @@ from fastlayers.triton.attention_inputs import (
     require,
     strides,
 )
+from fastlayers.triton.attention_key_gradient import key_gradient_kernel
 from fastlayers.triton.attention_mask_gradient import mask_gradient_kernel
+from fastlayers.triton.attention_query_gradient import query_gradient_kernel
 from fastlayers.triton.launch import is_real, operator, wrap_triton
 
 

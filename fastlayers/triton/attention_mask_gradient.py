@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastlayers.triton.attention_backward import load_lse, row_tile
+from fastlayers.triton.attention_query_gradient import load_lse, row_tile
 from fastlayers.triton.attention_rules import load_rows, place_of
 
 
