@@ -165,8 +165,9 @@ def results(job, config, runs, agreement, swaps, device):
 
 
 def versions():
-    found = {"fastlayers": fastlayers.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "transformers", "scikit-learn"):
+    found = {"fastlayers": fastlayers.__version__, "torch": torch.__version__}
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("transformers", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
