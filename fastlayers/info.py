@@ -15,8 +15,8 @@ _SAMPLE_CALLS = {
     "attention": lambda: ((torch.zeros(1, 1, 1, 64),) * 3, {}),
     "varlen_attention": lambda: ((torch.zeros(1, 1, 64),) * 3, {}),
     "decode_attention": lambda: ((torch.zeros(1, 1, 1, 64),) * 3, {}),
-    "linear_act": lambda: ((torch.zeros(1, 64), torch.zeros(1, 64)), {}),
-    "gated_linear_act": lambda: ((torch.zeros(1, 64), torch.zeros(1, 64), torch.zeros(1, 64)), {}),
+    "linear_act": lambda: ((torch.zeros(256, 64), torch.zeros(1, 64)), {}),
+    "gated_linear_act": lambda: ((torch.zeros(256, 64), torch.zeros(1, 64), torch.zeros(1, 64)), {}),
     "adam_step": lambda: (([torch.zeros(1)],) * 4, {}),
     "grad_norm": lambda: (([torch.zeros(1)],), {}),
 }

@@ -135,13 +135,23 @@ def test_explain(op, capsys):
 def test_torch_serves_16_bit_where_it_has_tile_instructions(monkeypatch):
     """On CPUs with AMX the choice falls on torch's GEMM, and the compiled kernels still serve who asks for them."""
     module = sys.modules["fastlayers.ops.linear_act"]
-    x, w = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
+    x, w = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
     for amx in (True, False):
         monkeypatch.setitem(module._TORCH_GEMM_IS_FASTER, torch.bfloat16, amx)
         facts = module._facts(x, w)
         assert (backends.choose("linear_act", facts) == "reference") == amx or backends.native_reason(facts)
-        assert ops.linear_act(x, w).shape == (3, 5)
+        assert ops.linear_act(x, w).shape == (300, 5)
         assert backends.why_not("linear_act", "cpu", facts) == backends.native_reason(facts)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS["linear_act"], reason="for the CPU")
+def test_torch_serves_few_rows():
+    """They do not pay for the packing of the weight."""
+    facts = sys.modules["fastlayers.ops.linear_act"]._facts
+    for rows, wanted in ((64, "reference"), (65, "cpu"), ((8, 8), "reference"), ((5, 13), "cpu")):
+        x = torch.randn(*(rows if isinstance(rows, tuple) else (rows,)), 4)
+        assert backends.choose("linear_act", facts(x, torch.randn(5, 4))) == wanted
+        assert backends.why_not("linear_act", "cpu", facts(x, torch.randn(5, 4))) is None
 
 
 X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
