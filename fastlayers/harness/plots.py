@@ -45,7 +45,7 @@ def training(found, path):
         seconds = [1e3 * value for value in found["all_step_seconds"][name]]
         median = statistics.median(seconds)
         right.plot(steps, seconds, ".", color=COLOURS[name], alpha=0.5, markersize=4)
-        right.axhline(median, color=COLOURS[name], linewidth=2, label=f"{NAMES[name]}, median {median:.3g} ms")
+        right.axhline(median, color=COLOURS[name], linewidth=2, label=f"{NAMES[name]}, median {median:.4g} ms")
     left.set(title="training loss", xlabel="step", ylabel="loss")
     left.set_ylim(0, 1.2 * max(map(max, found["losses"].values())))
     ratio = f", {found['speed_ratio']:.2f} times as fast" if "speed_ratio" in found else ""
