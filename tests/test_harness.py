@@ -217,6 +217,18 @@ def test_dropout_masks_of_the_check_do_not_depend_on_the_dtype():
     assert 0.2 < 1 - masks[0].double().mean() < 0.3
 
 
+def test_an_example_that_a_rounding_decides_is_left_out():
+    """One argument of the second example's ReLU is 1e-9; with 16 bits that says nothing, nor where most are so."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    batch = {"input": torch.tensor([[1.0, -2.0], [1.0, 1e-9], [3.0, 0.5]]), "labels": torch.tensor([0, 1, 0])}
+    found, steady = check.exact_and_steady(model, batch, torch.float32, seed=0)
+    assert steady.tolist() == [True, False, True] and found["loss"][1] == 0 and found["loss"][0] > 0
+    batch["input"][0, 1] = 0.0
+    assert check.exact_and_steady(model, batch, torch.float32, seed=0)[1].all()
+
+
 def test_runs_take_turns_and_see_the_same_seeds(tmp_path, monkeypatch):
     class Recorder(torch.nn.Module):
         def __init__(self):

@@ -83,6 +83,11 @@ def test_pictures_of_ones_own(tmp_path):
     assert [row.split(":")[0] for row in report["data"]["bad_rows"]] == ["bars/broken.png", "spots/notes.txt"]
 
 
+def test_pictures_come_from_one_place(capsys):
+    assert cli.main(["train", "mnist-mlp", "--data", "a", "--mnist", "b"]) == 2
+    assert "--data and --mnist: wanted one of them" in capsys.readouterr().err
+
+
 def test_folders_that_hold_no_classes(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         images.folder(tmp_path / "nowhere")
@@ -202,6 +207,13 @@ def test_a_gpt_sees_no_byte_before_its_turn():
         assert not torch.allclose(first[:, 9:], second[:, 9:])
 
 
+def test_epochs_of_a_gpt_are_epochs(tmp_path):
+    (tmp_path / "text").write_text("abcdefgh" * 100)  # 720 bytes to train on, 44 windows, 11 steps an epoch
+    sizes = ["--layers", 1, "--width", 8, "--heads", 1, "--seq-len", 16, "--batch-size", 4, "--sample", 0]
+    _, report = run(tmp_path / "run", "train", "gpt", "--data", tmp_path / "text", *sizes, "--epochs", 2)
+    assert report["steps"] == 22
+
+
 def test_windows_of_text():
     found = gpt.windows(b"abcdefghi", 4)
     assert bytes(found["input"].flatten().tolist()) == b"abcdefgh"
@@ -242,6 +254,7 @@ def test_tuning_goes_on_where_it_stopped(tmp_path, capsys):
     for count in (3, 5):
         assert cli.main([*command, "--trials", str(count)]) == 0
         assert len(trials(tmp_path)) == count
+    assert len({trial.params["lr"] for trial in trials(tmp_path)}) == 5, "the draws begin anew"
     said = capsys.readouterr().out
     assert "best     fastlayers train mlp --lr " in said
     for name in ("history", "slice", "intermediate", "importances", "contour"):

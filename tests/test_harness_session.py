@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     [
         (["--epochs", "1"], "holds a run already; go on with --resume, or choose another folder"),
         (["--resume", "--epochs", "1", "--lr", "0.7"], "had lr 0.05, now it is 0.7"),
-        (["--resume", "--epochs", "1", "--compare"], "was not with --compare"),
+        (["--resume", "--epochs", "1", "--compare"], "had compare False, now it is True"),
     ],
 )
 def test_what_cannot_be_resumed(options, message, tmp_path, capsys):

@@ -111,7 +111,7 @@ OPTIONS = {  # field of Config -> how its argument is read, or {"choices": ...};
     "resume": (None, None, "go on from the newest whole checkpoint in the folder --out"),
     "out": (str, "FOLDER", "where the results go (default: a new folder under runs/)"),
 }
-HARMLESS = ("resume", "out", "compare", "check_steps", "tensorboard", "checkpoint_every", "threads", "parallel")
+HARMLESS = ("resume", "out", "check_steps", "tensorboard", "checkpoint_every", "threads", "parallel")
 
 
 def add_arguments(parser, kind, options=None):

@@ -21,7 +21,7 @@ STDLIB_BYTES = 4_000_000  # of the standard library's source; enough for thousan
 @dataclass
 class Config(config.Config):
     batch_size: int = 16
-    steps: int | None = 300
+    epochs: int | None = None
     lr: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.1
@@ -37,7 +37,10 @@ class Config(config.Config):
     prompt: str = "def "
 
 
+STEPS = 300  # where neither --steps nor --epochs says how many
+
 OPTIONS = {
+    "epochs": (config.at_least(1), "N", f"passes over the text (default: {STEPS} steps)"),
     "data": (str, "FILE", "text to learn from (default: the source of Python's standard library)"),
     "seq_len": (config.at_least(2), "N", "bytes that the model sees at once"),
     "layers": (config.at_least(1), "N", "transformer layers"),
@@ -125,6 +128,8 @@ def run(args):
     chosen = config.read(Config, args)
     if chosen.width % chosen.heads:
         raise UserError(f"--width {chosen.width} is not a multiple of --heads {chosen.heads}")
+    if chosen.epochs is None:
+        chosen.steps = chosen.steps or STEPS
     data = read_text(chosen.data, chosen.seq_len)
     torch.manual_seed(chosen.seed)
     sizes = chosen.seq_len, chosen.layers, chosen.width, chosen.heads, chosen.dropout

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastlayers
-from fastlayers.harness import config, distributed, images, loop, report, session
+from fastlayers.harness import UserError, config, distributed, images, loop, report, session
 from fastlayers.harness.mlp import save
 
 
@@ -31,6 +31,8 @@ def add_arguments(parser, kind):
 
 def run(recipe, chosen, make_model):
     """make_model: make_model(classes) -> the untrained model for (N, 1, 28, 28) pixels from 0 to 1"""
+    if chosen.data and chosen.mnist:
+        raise UserError("--data and --mnist: wanted one of them")
     data = images.folder(chosen.data) if chosen.data else images.mnist(chosen.mnist)
     torch.manual_seed(chosen.seed)
     model = make_model(len(data.classes))

@@ -78,8 +78,6 @@ def run_folder(recipe, config):
         for name, value in wanted.items():
             if name not in HARMLESS and before.get(name) != value:
                 raise UserError(f"--resume: the run in {folder} had {name} {before.get(name)!r}, now it is {value!r}")
-        if before["compare"] != config.compare:
-            raise UserError(f"--resume: the run in {folder} was {'' if before['compare'] else 'not '}with --compare")
     elif distributed.is_first():
         if any(folder.glob("checkpoints/step-*")):
             raise UserError(f"--out {folder}: holds a run already; go on with --resume, or choose another folder")

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,9 +30,8 @@ class Job:
 
 @dataclass
 class Result:
-    model: nn.Module  # as trained; the one on fastlayers
-    report: dict
-    folder: object
+    report: dict  # the contents of report.json
+    folder: Path
 
     @property
     def status(self):
@@ -121,7 +121,7 @@ def _run(job, config, device):
     if distributed.is_first():
         job.save(runs[-1].model, state, folder / "model")
         report.show(found, logits, job, picture, folder)
-    return Result(runs[-1].model, found, folder)
+    return Result(found, folder)
 
 
 def count_steps(examples, config):

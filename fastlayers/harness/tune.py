@@ -130,9 +130,9 @@ def open_study(folder, recipe, args, space):
         study_name=recipe,
         load_if_exists=True,
         direction=METRICS[args.metric],
-        sampler=make_sampler(args, space),
         pruner=optuna.pruners.NopPruner() if args.no_pruning else optuna.pruners.MedianPruner(),
     )
+    study.sampler = make_sampler(args, space, args.seed + len(study.trials))  # other draws than before
     before = study.user_attrs.setdefault("metric", args.metric)
     if before != args.metric:
         raise UserError(f"--metric {args.metric}: the study in {folder} goes by {before}")
@@ -142,17 +142,17 @@ def open_study(folder, recipe, args, space):
     return study
 
 
-def make_sampler(args, space):
+def make_sampler(args, space, seed):
     import optuna
 
     if args.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=args.seed)
+        return optuna.samplers.RandomSampler(seed=seed)
     if args.sampler == "bayesian":
-        return optuna.samplers.TPESampler(seed=args.seed)
+        return optuna.samplers.TPESampler(seed=seed)
     for name, wanted in space.items():
         if wanted[0] != "choice":
             raise UserError(f"--sampler grid: wanted a choice for {name}, such as {name}=a,b,c, got a range")
-    return optuna.samplers.GridSampler({name: wanted[1] for name, wanted in space.items()}, seed=args.seed)
+    return optuna.samplers.GridSampler({name: wanted[1] for name, wanted in space.items()}, seed=seed)
 
 
 def finished(study):
