@@ -1,4 +1,4 @@
-"""Several processes, as torchrun or accelerate launch start them: each computes its share of every batch."""
+"""Several processes, as torchrun starts them: each computes its share of every batch."""
 
 import os
 from contextlib import nullcontext
