@@ -12,7 +12,9 @@ from fastlayers.harness.mlp import save
 
 @dataclass
 class Config(config.Config):
+    batch_size: int = 32
     optimizer: str = "adam"
+    schedule: str = "cosine"
     augment: bool = True
     data: str | None = None
     mnist: str | None = None

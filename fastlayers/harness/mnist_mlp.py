@@ -9,9 +9,7 @@ from fastlayers.harness import config, mnist
 
 @dataclass
 class Config(mnist.Config):
-    batch_size: int = 32
     epochs: int = 5
-    schedule: str = "cosine"
 
 
 def add_arguments(parser):
