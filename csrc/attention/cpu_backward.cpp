@@ -205,6 +205,8 @@ void backward(const AttentionBackward& p, const RowSums& sums) {
   }
 }
 
+constexpr int64_t kFewRows = 8;
+
 // At 1024 neighbouring float32 numbers lie 6e-5 apart, and so much of each probability exp(s - lse)
 // is lost; where a mask of the most negative numbers hides a whole row, lse keeps nothing of the
 // scores.
@@ -226,8 +228,9 @@ bool has_coarse_lse(const AttentionForward& f) {
 void attention_backward(const AttentionBackward& p) {
   const AttentionForward& f = p.forward;
   if (f.batch == 0 || f.heads_q == 0) return;
-  // Sums of whole rows or columns of ds would show the rounding of o, and all of ds that of lse.
-  const bool exact = p.dmask || p.dsinks || has_coarse_lse(f);
+  // Sums of whole rows or columns of ds would show the rounding of o, and all of ds that of lse: so
+  // would gradients to which few rows add, where the pass costs little.
+  const bool exact = p.dmask || p.dsinks || f.seqlen_q <= kFewRows || has_coarse_lse(f);
   const int64_t rows = f.batch * f.heads_q * f.seqlen_q;
   const Scratch memory(exact ? 2 * rows * 4 : 0);
   RowSums sums;

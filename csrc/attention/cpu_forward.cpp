@@ -205,8 +205,9 @@ void ForwardWorker<T>::tile(int64_t r0, int64_t j0, ScoreRules& rules) {
   const int width = columns.end - columns.begin;
   OperandB keys = qk_.as_transposed(k_panels_);
   keys.data += columns.begin / kPanel * keys.panel;
-  product_of_depth<Dot>(count, width / kLanes, qk_.depth_units(),
-                        qk_.as_a(q_ + r0 * qk_.row_units()), keys, s_ + columns.begin, kBlockN);
+  product<Dot, Update::kSet>(count, width / kLanes, qk_.depth_units(),
+                             qk_.as_a(q_ + r0 * qk_.row_units()), keys, s_ + columns.begin,
+                             kBlockN);
   rules.apply(rows_ + r0, count, j0, columns, s_, nullptr);
   alignas(64) float decay[kTileM];
   exponentiate(r0, j0, columns, rules.score_scale(), decay);

@@ -273,11 +273,13 @@ void GradientTile<T>::products(const QueryChunk<T>& queries, int64_t r0, const K
   OperandB k = qk_.as_transposed(keys.k_panels), v = v_.as_transposed(keys.v_panels);
   k.data += columns.begin / kPanel * k.panel;
   v.data += columns.begin / kPanel * v.panel;
-  product_of_depth<Dot>(count, vecs, qk_.depth_units(), qk_.as_a(queries.q + r0 * qk_.row_units()),
-                        k, s + columns.begin, kBlockN);
+  product<Dot, Update::kSet>(count, vecs, qk_.depth_units(),
+                             qk_.as_a(queries.q + r0 * qk_.row_units()), k, s + columns.begin,
+                             kBlockN);
   rules.apply(queries.rows + r0, count, j0, columns, s, slope_);
-  product_of_depth<Dot>(count, vecs, v_.depth_units(), v_.as_a(queries.dout + r0 * v_.row_units()),
-                        v, dp + columns.begin, kBlockN);
+  product<Dot, Update::kSet>(count, vecs, v_.depth_units(),
+                             v_.as_a(queries.dout + r0 * v_.row_units()), v, dp + columns.begin,
+                             kBlockN);
 }
 
 template <class T>

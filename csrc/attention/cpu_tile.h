@@ -112,10 +112,10 @@ FL_INLINE void micro_product(int64_t depth, OperandA a, OperandB b, float* c, in
   }
 }
 
-// c (rows x vecs * kLanes) = [decay[r] * c +] a . b;  rows is a multiple of kRows, depth in units.
+// Of a depth that is summed up in one go.
 template <class Dot, Update kUpdate>
-void product(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
-             int64_t ldc, const float* decay = nullptr) {
+void product_part(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
+                  int64_t ldc, const float* decay) {
   for (int64_t v = 0; v < vecs; v += 2) {
     const OperandB panel{b.data + v / 2 * b.panel, b.panel, b.depth};
     for (int64_t r = 0; r < rows; r += kRows) {
@@ -131,18 +131,19 @@ void product(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, 
   }
 }
 
-// c = a . b, the depth in parts: sums of more than 64 terms one after the other round more than
-// those of the matrix products that they are compared with. So do those of more than 16 beside the
-// matrix-vector products that serve a decoding step elsewhere.
-template <class Dot>
-void product_of_depth(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
-                      int64_t ldc) {
-  const int64_t part = rows > kRows ? 64 : 16;
-  product<Dot, Update::kSet>(rows, vecs, least(depth, part), a, b, c, ldc);
-  for (int64_t k = part; k < depth; k += part) {
-    product<Dot, Update::kAdd>(rows, vecs, least(depth - k, part),
-                               {a.data + k * a.depth, a.row, a.depth},
-                               {b.data + k * b.depth, b.panel, b.depth}, c, ldc);
+// c (rows x vecs * kLanes) = [decay[r] * c +] a . b;  rows is a multiple of kRows, depth in units.
+//
+// The depth goes in parts: sums of more than 16 terms one after the other round more than those of
+// the matrix products that they are compared with.
+template <class Dot, Update kUpdate>
+void product(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
+             int64_t ldc, const float* decay = nullptr) {
+  constexpr int64_t kPart = 16;
+  product_part<Dot, kUpdate>(rows, vecs, least(depth, kPart), a, b, c, ldc, decay);
+  for (int64_t k = kPart; k < depth; k += kPart) {
+    product_part<Dot, Update::kAdd>(rows, vecs, least(depth - k, kPart),
+                                    {a.data + k * a.depth, a.row, a.depth},
+                                    {b.data + k * b.depth, b.panel, b.depth}, c, ldc, nullptr);
   }
 }
 

@@ -92,14 +92,19 @@ FL_INLINE Vec round(Vec a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 // a * 2^n for integral n; overflows to inf and underflows through the denormals to 0.
-FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
-
 FL_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 FL_INLINE Mask operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 FL_INLINE Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 FL_INLINE Mask operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 FL_INLINE Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 FL_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no.v, yes.v); }
+
+// a 2^n of a near 1 and a whole n or NaN; 0 where it would be subnormal or less: some CPUs take a
+// hundred cycles to make a subnormal number or to lose one.
+FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, a.v, n.v);
+}
 
 FL_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FL_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -203,14 +208,16 @@ FL_INLINE Vec round(Vec a) {
 }
 // a * 2^n for integral n; overflows to inf and underflows through the denormals to 0.
 // In two steps of half the exponent each, so that neither factor leaves the normal range.
-FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
-  const __m256i whole = _mm256_cvtps_epi32(min(max(n, Vec(-252.0f)), Vec(252.0f)).v);
+FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {  // as above
+  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_NLT_UQ);
+  const __m256i whole = _mm256_cvtps_epi32(min(max(n, Vec(-125.0f)), Vec(252.0f)).v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const auto power = [&](__m256i e) {
     return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)));
   };
-  return a * power(half) * power(_mm256_sub_epi32(whole, half));
+  const Vec scaled = a * power(half) * power(_mm256_sub_epi32(whole, half));
+  return Vec(_mm256_and_ps(scaled.v, normal));
 }
 
 FL_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
