@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
 
-from fastlayers.triton import activations, linear_act, tiles  # noqa: E402
+from fastlayers.triton import activations, launch, linear_act, tiles  # noqa: E402
 from tests.triton_compiler import assert_fits, compile_kernel, stack  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -254,7 +254,9 @@ def compiled(kernel, arch, dtype, tile, constants):
 
 def compiled_product(kernel, arch, dtype, tile, **constants):
     precision = "ieee" if dtype != torch.float32 or arch < 80 else "tf32x3"
-    sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner, "PERSISTENT": tile.persistent}
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}
+    sizes |= {"PERSISTENT": tile.persistent, "DESCRIPTORS": tile.descriptors, "SPECIALISED": tile.specialised}
+    sizes |= {"A_DENSE": tile.descriptors, "B_DENSE": tile.descriptors}
     return compiled(kernel, arch, dtype, tile, {"PRECISION": precision, "GROUP": 8, **sizes, **constants})
 
 
@@ -272,10 +274,14 @@ def test_compiles(gpu, dtype):
         for tile in tiles.candidates(gpu, dtype.itemsize, weights, tiles.SHARED[gpu]):
             kernel = compiled_product(linear_act.forward_kernel, gpu, dtype, tile, **dense, **absent)
             assert_fits(kernel, gpu, tile, tile.rows >= 64)
-    tile = tiles.TILES[gpu][dtype.itemsize][0]
-    dense = dict(stride_ak=1, stride_bn=1, stride_un=1)
-    kernel = compiled_product(linear_act.product_kernel, gpu, dtype, tile, **dense)
-    assert_fits(kernel, gpu, tile, tile.rows >= 64)
+    largest, *others = tiles.candidates(gpu, dtype.itemsize, 1, tiles.SHARED[gpu])
+    for tile in [largest, *(tile for tile in others if tile.descriptors)]:
+        for stride_a in ("stride_ak", "stride_am"):
+            dense = {stride_a: 1, "stride_bn": 1, "stride_un": 1}
+            dense |= {"A_DENSE": tile.descriptors and stride_a == "stride_ak", "B_DENSE": False}
+            dense |= {"a_up": None, "b_up": None} if tile.specialised else {}
+            kernel = compiled_product(linear_act.product_kernel, gpu, dtype, tile, **dense)
+            assert_fits(kernel, gpu, tile, tile.rows >= 64)
     kernel = compiled_gradient(gpu, dtype)
     assert stack(kernel) == 0 and kernel.metadata.shared <= tiles.SHARED[gpu]
 
@@ -303,17 +309,17 @@ def tuner(tmp_path, monkeypatch):
 def test_tiles_are_measured_once(tuner, monkeypatch):
     first, second, _ = tiles.TILES[80][2]
     for _ in range(2):
-        assert tiles.choose(4096, 4096, 512, torch.float16, 1, tuner.append) == second
+        assert tiles.choose(4096, 4096, 512, torch.float16, measure=tuner.append) == second
         assert tuner == [first, second]
         tiles._remembered.cache_clear()  # as in the next process
-    tiles.choose(4096, 4096, 8192, torch.float16, 1, tuner.append)
+    tiles.choose(4096, 4096, 8192, torch.float16, measure=tuner.append)
     assert len(tuner) == 4
     tiles.cache_path().write_text("{ this is no JSON")
     tiles._remembered.cache_clear()
-    tiles.choose(4096, 4096, 512, torch.float16, 1, tuner.append)
+    tiles.choose(4096, 4096, 512, torch.float16, measure=tuner.append)
     assert len(tuner) == 6
     monkeypatch.setenv("FASTLAYERS_TRITON_AUTOTUNE", "0")
-    assert tiles.choose(4096, 4096, 512, torch.float16, 1, tuner.append) == first
+    assert tiles.choose(4096, 4096, 512, torch.float16, measure=tuner.append) == first
     assert tiles.choose(4096, 4096, 512, torch.float16) == first and len(tuner) == 6
 
 
@@ -327,6 +333,32 @@ def test_tiles_without_measuring(tuner):
     assert tiles.choose(4096, 4096, 512, torch.float16, 2) == large.half()
     assert tiles.candidates(89, 2, 1, 101376) == [large, small, few]  # the nearest older entry, as far as it fits
     assert tiles.candidates(89, 2, 1, 65536) == [small, few]
+
+
+@outside
+def test_tiles_with_descriptors(tuner, monkeypatch):
+    """Where they can read the operands; several products at once have no specialised warps; taken where measured."""
+    monkeypatch.setattr(tiles, "current_gpu", lambda: tiles.Gpu(90, "GPU", tiles.SHARED[90], 132))
+    monkeypatch.setattr(tiles, "_median", lambda run: (run(), not tuner[-1].specialised)[1])
+    form = tiles.SPECIALISED, tuner.append
+    assert tiles.choose(4096, 4096, 512, torch.float16, 1, *form).specialised
+    assert not tiles.choose(4096, 4096, 512, torch.float16, 1, tiles.DESCRIPTORS, tuner.append).specialised
+    assert tuner[-1].descriptors and not any(tile.descriptors for tile in tiles.candidates(90, 2, 1, 232448, 0))
+    assert not any(
+        tile.specialised for tile in tiles.candidates(90, 2, 2, 232448) + tiles.candidates(101, 2, 1, 232448)
+    )
+    for rows in (4096, 1):  # not measured
+        assert not tiles.choose(rows, 4096, 512, torch.float16, 1, tiles.SPECIALISED).descriptors
+
+
+@outside
+def test_what_descriptors_can_read():
+    x = torch.zeros(10, 64, dtype=torch.float16)
+    assert launch.describable(x, x.t(), x[1:, 8:], x.view(2, 5, 64))
+    for other in (x[:, 1:], x[:, ::2], torch.zeros(10, 60, dtype=torch.float16), x.expand(2, 10, 64)[..., 4:]):
+        assert not launch.describable(x, other)
+    with torch._subclasses.FakeTensorMode():
+        assert not launch.describable(torch.zeros(10, 64))
 
 
 @outside

@@ -39,7 +39,8 @@ def stack(kernel):
 
 
 def assert_fits(kernel, arch, tile, wide):
-    """No spills, no more shared memory than there is, and the tensor cores of the architecture.
+    """No spills, no more shared memory than there is, and the tensor cores of the architecture; the TMA unit, and warps
+    that only load, where the tile wants them.
 
     wide: whether a product has the rows that a tensor core's widest instruction takes
     """
@@ -48,3 +49,5 @@ def assert_fits(kernel, arch, tile, wide):
     widest = "wgmma.mma_async" if arch == 90 else "tcgen05.mma" if arch == 100 else "mma.sync"
     instruction = widest if wide else "mma.sync"
     assert arch == 75 or instruction in kernel.asm["ptx"], tile
+    assert tile.descriptors == ("cp.async.bulk.tensor" in kernel.asm["ptx"]), tile
+    assert tile.specialised == (kernel.metadata.num_warps > tile.warps), tile

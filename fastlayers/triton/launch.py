@@ -1,6 +1,9 @@
 """How operators in Triton are registered, and what every launcher asks."""
 
+import contextvars
+
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
@@ -16,7 +19,7 @@ else:
     from torch.library import triton_op as operator
     from torch.library import wrap_triton
 
-__all__ = ["is_real", "operator", "precision", "wrap_triton"]
+__all__ = ["describable", "is_real", "operator", "precision", "with_scratch", "wrap_triton"]
 
 
 def precision(dtype, allow_tf32=False):
@@ -30,3 +33,31 @@ def is_real(tensor):
     """Whether there is memory behind it, and not a compiler that traces or a CUDA graph that is captured."""
     known = type(tensor) in (Tensor, torch.nn.Parameter)
     return known and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def describable(*tensors):
+    """Whether tensor descriptors can read these: one dimension is dense, and every row begins at 16 bytes.
+
+    False while torch.compile traces: it does not tell where memory will begin.
+    """
+    return all(map(_has_aligned_rows, tensors))
+
+
+def _has_aligned_rows(tensor):
+    steps = list(tensor.stride())
+    if not is_real(tensor) or 1 not in steps or tensor.data_ptr() % 16:
+        return False
+    steps.remove(1)
+    return all(step * tensor.itemsize % 16 == 0 for step in steps)
+
+
+def with_scratch(launch, tile):
+    """launch(tile), with the memory that Triton asks for where a kernel makes tensor descriptors."""
+    if not tile.descriptors:
+        return launch(tile)
+    return contextvars.copy_context().run(_with_scratch, launch, tile)  # the user's own allocator stays
+
+
+def _with_scratch(launch, tile):
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device="cuda"))
+    return launch(tile)

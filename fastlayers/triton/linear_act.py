@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from fastlayers.triton import tiles
-from fastlayers.triton.launch import is_real, operator, precision, wrap_triton
+from fastlayers.triton.launch import describable, is_real, operator, precision, with_scratch, wrap_triton
 from fastlayers.triton.linear_act_kernels import forward_kernel, gradient_kernel
 from fastlayers.triton.products import product_kernel
 
@@ -13,7 +13,8 @@ _GROUP = 8  # rows of tiles that are walked together
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_STEP = 128, 64, 64  # per program of gradient_kernel, and at a time
 
 
-def _constants(tile, dtype, allow_tf32):
+def _constants(tile, dtype, allow_tf32, stride_ak, stride_bk):
+    """stride_ak, stride_bk: of the factors along k."""
     return {
         "PRECISION": precision(dtype, allow_tf32),
         "BLOCK_M": tile.rows,
@@ -21,6 +22,10 @@ def _constants(tile, dtype, allow_tf32):
         "BLOCK_K": tile.inner,
         "GROUP": _GROUP,
         "PERSISTENT": tile.persistent,
+        "DESCRIPTORS": tile.descriptors,
+        "A_DENSE": tile.descriptors and stride_ak == 1,
+        "B_DENSE": tile.descriptors and stride_bk == 1,
+        "SPECIALISED": tile.specialised,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": True,
@@ -64,12 +69,27 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
             1 if bias is None else bias.stride(0),
             1 if bias_up is None else bias_up.stride(0),
             ACTIVATION=activation,
-            **_constants(tile, x.dtype, allow_tf32),
+            **_constants(tile, x.dtype, allow_tf32, x.stride(1), weight.stride(1)),
         )
 
-    products = 1 if weight_up is None else 2
-    with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        launch(tiles.choose(m, n, k, x.dtype, products, launch if is_real(weight) else None))
+    weights = [weight] if weight_up is None else [weight, weight_up]
+    _launch(launch, (m, n, k), [x], weights, len(weights))
+
+
+def _launch(launch, sizes, left, right, weights):
+    """launch(tile) with the tile for a product of these sizes; what it returns. left, right: its factors, first and
+    second; weights: products at once."""
+    factors = *left, *right
+
+    def run(tile):
+        return with_scratch(launch, tile)
+
+    loads = tiles.POINTERS
+    if describable(*factors) and len({factor.stride(1) == 1 for factor in right}) == 1:
+        loads = tiles.SPECIALISED if len(right) == 1 else tiles.DESCRIPTORS
+    measure = run if all(map(is_real, factors)) else None
+    with torch.cuda.device_of(left[0]):  # Triton launches on the current GPU
+        return run(tiles.choose(*sizes, left[0].dtype, weights, loads, measure))
 
 
 def _product(a, b, a_up, b_up, allow_tf32):
@@ -95,12 +115,12 @@ def _product(a, b, a_up, b_up, allow_tf32):
             *a.stride(),
             *b.stride(),
             *(b if b_up is None else b_up).stride(),
-            **_constants(tile, a.dtype, allow_tf32),
+            **_constants(tile, a.dtype, allow_tf32, a.stride(1), b.stride(0)),
         )
         return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 
-    with torch.cuda.device_of(a):
-        return launch(tiles.choose(m, n, k, a.dtype, 1, launch if is_real(a) else None))
+    left, right = ([a], [b]) if a_up is None else ([a, a_up], [b, b_up])
+    return _launch(launch, (m, n, k), left, right, 1)
 
 
 def _parts(tile, m, n, k):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fastlayers.triton.activations import activate, derivative
 from fastlayers.triton.arithmetic import store
-from fastlayers.triton.products import multiply, multiply_both, tile_at
+from fastlayers.triton.products import described, multiply, multiply_both, positions, tile_at
 
 
 @triton.jit
@@ -37,19 +37,25 @@ def _forward_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    A_DENSE: tl.constexpr,
+    B_DENSE: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):
     """Apart from its kernel as products._product_tile is."""
-    rows, columns = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
+    row, column = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
+    rows, columns = positions(row, BLOCK_M), positions(column, BLOCK_N)
+    form: tl.constexpr = (BLOCK_K, PRECISION, DESCRIPTORS, A_DENSE, B_DENSE, SPECIALISED)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     at, mask = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
     if weight_up is None:
         strides = stride_xm, stride_xk, stride_wk, stride_wn
-        z = multiply(z, input, weight, rows, columns, m, n, 0, k, *strides, BLOCK_K, PRECISION)
+        z = multiply(z, input, weight, row, column, m, n, 0, k, *strides, *form)
     else:
         z_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         strides = stride_xm, stride_xk, stride_wk, stride_wn, stride_uk, stride_un
         operands = input, weight, weight_up
-        z, z_up = multiply_both(z, z_up, *operands, rows, columns, m, n, k, *strides, BLOCK_K, PRECISION)
+        z, z_up = multiply_both(z, z_up, *operands, row, column, m, n, k, *strides, *form)
         if bias_up is not None:
             z_up += tl.load(bias_up + columns * stride_bu, mask=columns < n, other=0.0).to(tl.float32)[None, :]
         if up is not None:
@@ -93,17 +99,27 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    A_DENSE: tl.constexpr,
+    B_DENSE: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):
     """out = activation(input weight' + bias), or activation(input weight' + bias) * (input weight_up' + bias_up)."""
+    if DESCRIPTORS:
+        input = described(input, m, k, stride_xm, stride_xk, BLOCK_M, BLOCK_K, A_DENSE)
+        weight = described(weight, n, k, stride_wn, stride_wk, BLOCK_N, BLOCK_K, B_DENSE)
+        if weight_up is not None:
+            weight_up = described(weight_up, n, k, stride_un, stride_uk, BLOCK_N, BLOCK_K, B_DENSE)
     operands = input, weight, weight_up, bias, bias_up, out, gate, up, m, n, k
     strides = stride_xm, stride_xk, stride_wn, stride_wk, stride_un, stride_uk, stride_b, stride_bu
+    sizes: tl.constexpr = (ACTIVATION, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTORS, A_DENSE, B_DENSE)
     if PERSISTENT:
         tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            _forward_tile(tile, *operands, *strides, ACTIVATION, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
+        first, step = tl.program_id(0), tl.num_programs(0)
+        for tile in tl.range(first, tiles, step, flatten=True, warp_specialize=SPECIALISED):
+            _forward_tile(tile, *operands, *strides, *sizes, False)
     else:
-        tile = tl.program_id(0)
-        _forward_tile(tile, *operands, *strides, ACTIVATION, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP)
+        _forward_tile(tl.program_id(0), *operands, *strides, *sizes, SPECIALISED)
 
 
 @triton.jit

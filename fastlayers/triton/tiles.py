@@ -27,6 +27,8 @@ class Tile:
     warps: int
     stages: int
     persistent: bool = False  # one program per multiprocessor computes tile after tile
+    descriptors: bool = False  # operands are read through tensor descriptors, by the TMA unit from sm_90 on
+    specialised: bool = False  # and by warps that do nothing else
 
     def shared(self, itemsize, weights=1):
         """Bytes of shared memory that the operands take."""
@@ -46,40 +48,56 @@ class Tile:
 # measured them.
 _PLAIN = (Tile(64, 64, 16, 8, 1), Tile(16, 64, 32, 4, 1))
 _FEW_ROWS, _FEW_ROWS_WIDE = Tile(16, 64, 128, 4, 3), Tile(16, 64, 64, 4, 3)
+_WIDE = (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)
 _AMPERE = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), _FEW_ROWS),
-    4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE),
+    4: _WIDE,
 }
 _HOPPER = (Tile(128, 128, 64, 8, 4, persistent=True), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), _FEW_ROWS)
+_DESCRIBED = Tile(128, 128, 64, 8, 4, persistent=True, descriptors=True)
+_HOPPER_SPECIALISED = Tile(128, 128, 64, 4, 4, descriptors=True, specialised=True)
 TILES = {
     75: {2: _PLAIN, 4: _PLAIN},
     80: _AMPERE,
-    90: {2: _HOPPER, 4: (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
-    100: {2: _HOPPER, 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), _FEW_ROWS_WIDE)},
+    90: {2: (*_HOPPER, _DESCRIBED, _HOPPER_SPECIALISED), 4: (Tile(128, 128, 32, 8, 3), *_WIDE[1:])},
+    100: {2: (*_HOPPER, _DESCRIBED, replace(_DESCRIBED, specialised=True)), 4: _WIDE},
     120: {2: _AMPERE[2], 4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), _FEW_ROWS_WIDE)},
 }
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes per block
 _INTERPRETER = Tile(64, 64, 64, 4, 1)
 
 
-def candidates(arch, itemsize, weights, shared):
-    """The tiles for a GPU, the largest first. weights: products at once; shared: bytes that a block may have."""
+POINTERS, DESCRIPTORS, SPECIALISED = range(3)  # how much a product's operands and form allow
+
+
+def candidates(arch, itemsize, weights, shared, loads=SPECIALISED):
+    """The tiles for a GPU, the largest first. Those with descriptors come last: they are taken only where measured.
+
+    weights: products at once; shared: bytes that a block may have
+    loads: POINTERS, or DESCRIPTORS where these can read the operands, or SPECIALISED where it is one product, too: of
+        others, Triton's compiler makes no specialised warps, or fails
+    """
     nearest = max((known for known in TILES if known <= arch), default=min(TILES))
     tiles = [tile if weights == 1 else tile.half() for tile in TILES[nearest][itemsize]]
+    if weights > 1 or arch not in TILES:  # not tried
+        loads = min(loads, DESCRIPTORS)
+    tiles = [tile for tile in tiles if tile.descriptors + tile.specialised <= loads]
     return [tile for tile in tiles if tile.shared(itemsize, weights) <= shared]
 
 
-def choose(m, n, k, dtype, weights=1, measure=None):
+def choose(m, n, k, dtype, weights=1, loads=POINTERS, measure=None):
     """The tile for (m, k) @ (k, n), `weights` times at once.
 
+    loads: as for candidates
     measure: function(tile) that launches the product, or None where nothing may be launched
     """
     if knobs.runtime.interpret:
         return _INTERPRETER
     gpu = current_gpu()
-    tiles = candidates(gpu.arch, dtype.itemsize, weights, gpu.shared)
+    tiles = candidates(gpu.arch, dtype.itemsize, weights, gpu.shared, loads)
     tiles = [tile for tile in tiles if tile.rows >= 64 or m <= 2 * tile.rows]
-    return pick(tiles, f"{dtype} x{weights}, bits of m n k: {bits(m, n, k)}", lambda tile: tile.blocks(m, n), measure)
+    key = f"{dtype} x{weights}, bits of m n k: {bits(m, n, k)}"
+    return pick(tiles, key, lambda tile: tile.blocks(m, n), measure)
 
 
 def bits(*sizes):
@@ -88,14 +106,16 @@ def bits(*sizes):
 
 
 def pick(tiles, key, programs, measure):
-    """The fastest where there is time to measure, else the first with enough programs for the GPU.
+    """The fastest where there is time to measure, else the first with enough programs for the GPU, without descriptors.
 
     key: what the choice depends on, besides GPU and Triton; programs: function(tile), how many it takes
     """
     gpu = current_gpu()
     if len(tiles) > 1 and measure and gpu.name and os.environ.get("FASTLAYERS_TRITON_AUTOTUNE") != "0":
-        return _measured(f"{gpu.name}, triton {triton.__version__}, {key}", tiles, measure)
-    return next((tile for tile in tiles if programs(tile) >= gpu.multiprocessors), tiles[-1])
+        form = "".join(f", {name}" for name in ("descriptors", "specialised") if any(getattr(t, name) for t in tiles))
+        return _measured(f"{gpu.name}, triton {triton.__version__}, {key}{form}", tiles, measure)
+    plain = [tile for tile in tiles if not tile.descriptors]
+    return next((tile for tile in plain if programs(tile) >= gpu.multiprocessors), plain[-1])
 
 
 @dataclass(frozen=True)
