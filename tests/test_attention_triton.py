@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
 
-from fastlayers.triton import attention_decode_kernels, attention_rules, attention_tiles  # noqa: E402
+from fastlayers.triton import attention_decode_kernels, attention_rules, attention_tiles, tiles  # noqa: E402
 from fastlayers.triton.attention_forward import forward_kernel  # noqa: E402
 from fastlayers.triton.attention_key_gradient import key_gradient_kernel  # noqa: E402
 from fastlayers.triton.attention_query_gradient import query_gradient_kernel  # noqa: E402
@@ -192,6 +192,29 @@ def test_simulated_head_dims(arch, dtype):
 
 
 @simulated
+@pytest.mark.parametrize("arch", [90], indirect=True, ids="sm_{}".format)
+def test_simulated_descriptors(arch, monkeypatch):
+    """Whole blocks through the TMA unit, blocks at an edge as ever: causal, packed, columns behind the head."""
+    taken = []
+
+    def last(found, *_):
+        taken.append(found[-1])
+        return found[-1]
+
+    monkeypatch.setattr(tiles, "pick", last)
+    names = ("query", "key", "value")
+    with torch.no_grad():
+        for head_dim, head_dim_v in ((64, 64), (40, 72), (256, 16)):
+            sizes = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": 200, "seqlen_k": 330}
+            tensors = qkv(torch.bfloat16, **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
+            options = {"is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True}
+            check(ops.attention, dict(zip(names, tensors)), "triton", f"{head_dim} {head_dim_v}", **options)
+        tensors = packed(torch.bfloat16, [3, 200, 0, 70], [150, 300, 5, 0], head_dim=32)
+        check(ops.varlen_attention, tensors, "triton", **longest([3, 200, 0, 70], [150, 300, 5, 0]))
+    assert len(taken) == 4 and all(tile.descriptors for tile in taken)
+
+
+@simulated
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_simulated_varlen_and_decode(arch, dtype):
@@ -299,6 +322,7 @@ def compiled(kernel, arch, dtype, dim, tile, **constants):
     absent += [] if float32 else ["share"]
     sizes = {"HEAD_DIM": dim, "HEAD_DIM_V": dim, "BLOCK_D": dim, "BLOCK_DV": dim}
     sizes |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "INNER": tile.inner}
+    sizes |= {"DESCRIPTORS": tile.descriptors}
     rules = {"BOTTOM_RIGHT": False, "NATURAL": float32, "PRECISION": "tf32x3" if float32 and arch >= 80 else "ieee"}
     known = {**dict.fromkeys(absent), **sizes, **rules, **constants}
     return compile_kernel(kernel, arch, signature, known, tile)
@@ -318,8 +342,8 @@ KERNELS = {
 @pytest.mark.parametrize("kind", KERNELS)
 def test_compiles(kind, dtype, gpu):
     """Every tile of the table, for the widest head that it is meant for."""
-    for dim, found in attention_tiles.TILES[gpu][dtype.itemsize][kind].items():
-        for tile in found:
+    for dim in attention_tiles.TILES[gpu][dtype.itemsize][kind]:
+        for tile in attention_tiles.candidates(gpu, dtype.itemsize, kind, dim):
             kernel = compiled(KERNELS[kind], gpu, dtype, dim, tile)
             wide = (tile.columns if kind == "key_gradient" else tile.rows) >= 64
             assert_fits(kernel, gpu, tile, wide)

@@ -22,24 +22,30 @@ from fastlayers.triton.attention_inputs import (
 from fastlayers.triton.attention_key_gradient import key_gradient_kernel
 from fastlayers.triton.attention_mask_gradient import mask_gradient_kernel
 from fastlayers.triton.attention_query_gradient import query_gradient_kernel
-from fastlayers.triton.launch import is_real, operator, wrap_triton
+from fastlayers.triton.launch import describable, is_real, operator, with_scratch, wrap_triton
 
 
-def _launch(kernel, kind, inputs, programs, columns=0, **operands):
+def _launch(kernel, kind, inputs, programs, columns=0, streamed=(), **operands):
     """Launch a kernel.
 
     kind: what its tile is for; programs: function(tile); columns: of the output, as many as tile.inner per program
+    streamed: the tensors that its loop reads, through tensor descriptors where they, and the kernel, are fit for these
     """
+    fits = bool(streamed) and describable(*streamed)
 
     def grid(tile):
         return programs(tile), max(triton.cdiv(columns, tile.inner), 1)
 
     def launch(tile):
-        wrap_triton(kernel)[grid(tile)](**arguments(inputs), **operands, **tiles.constants(tile))
+        form = {"DESCRIPTORS": tile.descriptors} if streamed else {}
+        wrap_triton(kernel)[grid(tile)](**arguments(inputs), **operands, **form, **tiles.constants(tile))
+
+    def run(tile):
+        with_scratch(launch, tile)
 
     with torch.cuda.device_of(inputs.query):  # Triton launches on the current GPU
-        measure = launch if is_real(inputs.query) else None
-        launch(tiles.choose(kind, inputs, lambda tile: math.prod(grid(tile)), measure))
+        measure = run if is_real(inputs.query) else None
+        run(tiles.choose(kind, inputs, fits, lambda tile: math.prod(grid(tile)), measure))
 
 
 def _row_blocks(inputs):
@@ -88,7 +94,9 @@ def attention_forward(
         lse.fill_(float("-inf"))
     if out.numel():
         operands = {"out": out, "lse": lse, **_named("o", strides(out)), **_named("l", lse_strides(inputs))}
-        _launch(forward_kernel, "forward", inputs.dense(), _row_blocks(inputs), value.shape[-1], **operands)
+        inputs = inputs.dense()
+        streamed = inputs.key, inputs.value
+        _launch(forward_kernel, "forward", inputs, _row_blocks(inputs), value.shape[-1], streamed, **operands)
     return out, lse
 
 

@@ -67,7 +67,8 @@ def _decode(inputs, out, lse):
         )
 
     with torch.cuda.device_of(inputs.query):
-        launch(attention_tiles.choose("decode", inputs, programs, launch if is_real(inputs.query) else None))
+        measure = launch if is_real(inputs.query) else None
+        launch(attention_tiles.choose("decode", inputs, False, programs, measure))
 
 
 @operator("fastlayers_triton::attention_decode", mutates_args=())

@@ -6,6 +6,7 @@ import triton.language as tl
 from fastlayers.triton.arithmetic import dot, narrow
 from fastlayers.triton.attention_rules import (
     LN2,
+    described,
     dropout_keep,
     edge_block,
     exponential,
@@ -101,12 +102,16 @@ def _attend_block(
     BLOCK_D: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """(total, top, mass) after BLOCK_N keys from `start` on."""
+    """(total, top, mass) after BLOCK_N keys from `start` on. WHOLE with DESCRIPTORS: key, value are descriptors."""
     behind = tl.arange(0, BLOCK_N)
     keys, left = start + behind, seqlen_k - start
-    key, value = row_at(key, start, stride_ks), row_at(value, start, stride_vs)
-    k = load_rows(key, behind, left, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
+    if WHOLE and DESCRIPTORS:
+        k = key.load([start, 0])
+    else:
+        key, value = row_at(key, start, stride_ks), row_at(value, start, stride_vs)
+        k = load_rows(key, behind, left, stride_ks, None, HEAD_DIM, min(BLOCK_D, INNER), WHOLE)
     operands = q, k, query, rows, seqlen_q, stride_qs, key, behind, left, stride_ks
     products = products_of(*operands, HEAD_DIM, BLOCK_D, INNER, WHOLE, PRECISION)
     place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
@@ -115,7 +120,10 @@ def _attend_block(
     keep = None
     if rng is not None:
         keep = dropout_keep(rng, threshold, bh, rows, start, BLOCK_N)
-    v = load_rows(value, behind, left, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
+    if WHOLE and DESCRIPTORS:
+        v = value.load([start, 0])
+    else:
+        v = load_rows(value, behind, left, stride_vs, column, HEAD_DIM_V, total.shape[1], WHOLE)
     return absorb(total, top, mass, x, v, keep, NATURAL, WHOLE, PRECISION)
 
 
@@ -171,6 +179,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One program per (batch, query head, BLOCK_M rows) and INNER columns of values; keys stream past once."""
     COLUMNS: tl.constexpr = min(BLOCK_DV, INNER)
@@ -196,7 +205,7 @@ def forward_kernel(
     h_k = h // (heads_q // heads_k)
     key += b * stride_kb + h_k * stride_kh + first_k * stride_ks
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, INNER, PRECISION)
+    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, INNER, PRECISION, DESCRIPTORS)
 
     q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -208,9 +217,15 @@ def forward_kernel(
         edges += (full_end - full_begin) // BLOCK_N
         full_end = full_begin
     else:
+        whole = key, value
+        if DESCRIPTORS:
+            whole_key = described(key, seqlen_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D)
+            whole = whole_key, described(value, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
         for start in range(full_begin, full_end, BLOCK_N):
-            operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
-            total, top, mass = _attend_block(total, top, mass, *operands, *place, *rules, NATURAL, True, *sizes)
+            operands = start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
+            total, top, mass = _attend_block(
+                total, top, mass, q, query, *whole, *operands, *place, *rules, NATURAL, True, *sizes
+            )
     for index in range(edges):
         start = edge_block(index, first, full_begin, full_end, BLOCK_N)
         operands = q, query, key, value, start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh

@@ -56,6 +56,12 @@ def load_rows(
 
 
 @triton.jit
+def described(rows_at, count, stride, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tensor descriptor of a head, through which the TMA unit reads (ROWS, COLUMNS) at a time."""
+    return tl.make_tensor_descriptor(rows_at, [count, DIM], [stride, 1], [ROWS, COLUMNS])
+
+
+@triton.jit
 def store_rows(rows_at, x, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
     """Narrowed x to where load_rows reads."""
     columns = first_column + tl.arange(0, COLUMNS)
@@ -85,11 +91,12 @@ def products_of(
     """a b' of rows with DIM columns. Where registers hold no more than INNER columns, both are read piece by piece."""
     total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
     if INNER >= COLUMNS:
-        return dot(a, tl.trans(b), total, PRECISION)
-    for column in range(0, DIM, INNER):
-        x = load_rows(a_at, a_rows, a_count, stride_a, column, DIM, INNER, False)
-        y = load_rows(b_at, b_rows, b_count, stride_b, column, DIM, INNER, WHOLE)
-        total = dot(x, tl.trans(y), total, PRECISION)
+        total = dot(a, tl.trans(b), total, PRECISION)
+    else:
+        for column in range(0, DIM, INNER):
+            x = load_rows(a_at, a_rows, a_count, stride_a, column, DIM, INNER, False)
+            y = load_rows(b_at, b_rows, b_count, stride_b, column, DIM, INNER, WHOLE)
+            total = dot(x, tl.trans(y), total, PRECISION)
     return total
 
 

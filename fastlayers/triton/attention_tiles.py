@@ -1,5 +1,7 @@
 """How many scores each program of the attention kernels computes at a time: a small table per architecture."""
 
+from dataclasses import replace
+
 from triton import knobs
 
 from fastlayers.triton import tiles
@@ -75,25 +77,33 @@ TILES = {
     100: {2: _BLACKWELL, 4: {**_WIDE_THREE_TF32, "key_gradient": {256: (Tile(32, 64, 32, 8, 1),)}}},
     120: {2: _SMALL_BLACKWELL, 4: _THREE_TF32},
 }
+_DESCRIBED_KINDS = ("forward",)
 _INTERPRETER = Tile(128, 64, _ALL, 4, 1)
 
 
-def candidates(arch, itemsize, kind, dim):
-    """The tiles for a kernel, the largest first. dim: the wider head_dim."""
+def candidates(arch, itemsize, kind, dim, describable=True):
+    """The tiles for a kernel, the largest first; those with descriptors, last, are taken only where measured.
+
+    dim: the wider head_dim; describable: whether tensor descriptors can read what the kernel's loop reads
+    """
     nearest = max((known for known in TILES if known <= arch), default=min(TILES))
     table = TILES[nearest][itemsize][kind]
-    return table[min(width for width in table if width >= dim)]
+    found = table[min(width for width in table if width >= dim)]
+    if not describable or kind not in _DESCRIBED_KINDS or nearest < 90 or itemsize > 2:
+        return found
+    return (*found, *(replace(tile, descriptors=True) for tile in found))
 
 
-def choose(kind, inputs, programs, measure=None):
+def choose(kind, inputs, describable, programs, measure=None):
     """The tile for a kernel of this kind.
 
+    describable: as for candidates
     programs: function(tile), how many a launch has; measure: function(tile) that launches, or None
     """
     if knobs.runtime.interpret:
         return _INTERPRETER
     itemsize, dim = inputs.query.dtype.itemsize, max(inputs.head_dims)
-    found = candidates(tiles.current_gpu().arch, itemsize, kind, dim)
+    found = candidates(tiles.current_gpu().arch, itemsize, kind, dim, describable)
     sizes = tiles.bits(inputs.batch * inputs.heads, inputs.seqlen_q, inputs.seqlen_k, dim)
     key = f"{inputs.query.dtype} attention {kind}, causal {inputs.is_causal}, bits of heads q k dim: {sizes}"
     return tiles.pick(found, key, programs, measure)
