@@ -131,17 +131,25 @@ SUMMED_OTHERWISE = 1e-4  # of the first loss: float32 sums in another order, ten
 # the difference of logits that have grown, and carries their rounding
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    + ["--mixed_precision", "no", "--dynamo_backend", "no"],
+}
+
+
 def length_between(first, second):
     return sum((first[name] - second[name]).square().sum() for name in first).sqrt().item()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_lose_what_one_does(parallel, tmp_path):
+@pytest.mark.parametrize("launcher, parallel", [("accelerate", "ddp"), ("torchrun", "fsdp")])
+def test_two_processes_lose_what_one_does(launcher, parallel, tmp_path):
     options = ["--epochs", "2", "--clip", "0.5", "--l2", "0.001", "--accumulate", "2"]
     wanted, parameters = train(tmp_path / "one", *options)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
-        *launch,
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
         "-m",
         "fastlayers.cli",
         *SMALL,
