@@ -1,0 +1,45 @@
+"""What this very machine can do: bytes per second of a copy, floating-point operations per second of a product."""
+
+import torch
+
+from fastlayers.benchmarks.clocks import clock_of
+from fastlayers.benchmarks.inputs import largest_cache
+
+ROUNDS = 7  # the fastest counts: a roof is what can be reached
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices; several times as long as their way through memory
+
+
+def measure(setting):
+    """{"copy_gbytes_per_second": number, "float32": GFLOP/s of torch's matrix product, ...}"""
+    found = {"copy_gbytes_per_second": _copy(setting) / 1e9}
+    return found | {dtype: _product(setting, dtype) / 1e9 for dtype in setting.dtypes}
+
+
+def _copy(setting):
+    """Bytes read and written per second."""
+    count = max(128 << 20, largest_cache(setting.device))
+    source, target = (torch.ones(count, dtype=torch.int8, device=setting.device) for _ in range(2))
+    return 2 * count / _fastest(setting, lambda: target.copy_(source))
+
+
+def _product(setting, dtype):
+    side = SIDES[setting.device]
+    left, right = (torch.randn(side, side, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * side**3 / _fastest(setting, lambda: left @ right)
+
+
+def _fastest(setting, step):
+    clock = clock_of(setting)
+    clock(step, 1)
+    return min(clock(step, 1) for _ in range(ROUNDS))
+
+
+def milliseconds(case, roofs):
+    """The least that a case's step takes where only the slower of copying and multiplying counts; None if unknown."""
+    rate = roofs.get(case.dtype)
+    parts = [case.bytes / (roofs["copy_gbytes_per_second"] * 1e6) if case.bytes else 0.0]
+    if case.flops:
+        if not rate:
+            return None
+        parts.append(case.flops / (rate * 1e6))
+    return max(parts) or None
