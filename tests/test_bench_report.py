@@ -79,7 +79,7 @@ def test_the_page_holds_everything_and_needs_nothing(folder, capsys):
     assert "A CPU &lt;of&gt; ours" in text and "no &lt;kernel&gt;" in text and "not installed" in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert not re.search("|".join(pictures.PALETTE), text.partition("</style>")[2])  # colours are the page's own
-    assert text.count("<svg") == 1 + 4 + 3  # the overview; speed, ratio, roofline, memory; a model has no roofline
+    assert text.count("<svg") == 3 + 4 + 3  # lines, axis; four charts; a model has no roofline
 
 
 def test_losses_are_shown_as_wins_are(folder):

@@ -6,7 +6,7 @@ import torch
 
 from fastlayers import backends, ops, reference
 from fastlayers.benchmarks import others
-from fastlayers.benchmarks.runner import Case, Place
+from fastlayers.benchmarks.runner import Case, Place, Skip
 from fastlayers.benchmarks.work import BOTH, FORWARD, Work, compiled, gather, our_makers
 
 SUITE = "linear_act"
@@ -120,7 +120,13 @@ def _candidates(setting, call, passes):
     facts = backends.facts(op, *inputs(small)[0])
     makers = our_makers(op, facts, lambda backend: work.candidate(lambda one: ours(one, backend)))
     makers[EAGER] = lambda: work.candidate(eager)
-    makers[COMPILED] = lambda: work.candidate(lambda one: compiled(eager(one), one.device))
+    makers[COMPILED] = lambda: _compiled(work, call)
     if layer.gated:
         makers |= others.makers(others.GATED, work.candidate)
     return gather(makers)
+
+
+def _compiled(work, call):
+    if call.device == "cpu" and call.tokens < TOKENS["cpu"][-1]:
+        raise Skip(f"compiling takes seconds: on a CPU only from {TOKENS['cpu'][-1]} tokens on")
+    return work.candidate(lambda one: compiled(eager(one), one.device))

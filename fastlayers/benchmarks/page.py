@@ -1,5 +1,6 @@
 """Results as one HTML page that needs nothing else: no script, no network, light and dark."""
 
+import math
 from html import escape
 
 from fastlayers.benchmarks import digest, pictures
@@ -25,11 +26,14 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px so
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .tiles { display: flex; flex-wrap: wrap; gap: .7rem; margin: 1rem 0 }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-.tile { padding: .5rem 1rem; min-width: 8rem } .card { padding: .8rem; margin: .8rem 0 }
+.tile { padding: .5rem 1rem; min-width: 6rem } .card { padding: .8rem; margin: .8rem 0 }
 .tile b { display: block; font-size: 1.6rem }
 .charts { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(16.5rem, 1fr)) }
 .charts svg { width: 100%%; height: auto; max-width: 26rem } .wide svg { width: 100%%; height: auto; max-width: 60rem }
-.wide { overflow-x: auto } .wide svg { min-width: 34rem } svg text { font-family: inherit !important }
+.wide { overflow-x: auto } svg text { font-family: inherit !important; fill: currentColor }
+.strips { display: grid; grid-template-columns: max-content 1fr; column-gap: .8rem; align-items: center }
+.strip { width: 100%%; font-size: .8rem } .strip line { stroke: var(--line) } .strip .one { stroke: var(--ink) }
+@media (max-width: 40rem) { .strips { grid-template-columns: 1fr } .strips span { margin-top: .35rem } }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .3rem 0; font-size: .9rem }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%%; margin-right: .35rem }
 .mark { font-weight: 600 } summary { cursor: pointer; padding: .3rem 0 } code { overflow-wrap: anywhere }
@@ -100,7 +104,6 @@ def _tiles(cases):
 
 def _facts(first):
     pairs = [(name, first[name]) for name in (*MACHINE, *RUN) if first.get(name)]
-    pairs.insert(0, ("copies", f"{first['copy_gbytes_per_second']:.1f} GB/s, measured"))
     lines = "".join(f"<dt>{name}</dt><dd>{escape(_plain(value))}</dd>" for name, value in pairs)
     return f"<details open><summary>machine, versions, command</summary><dl>{lines}</dl></details>"
 
@@ -110,9 +113,33 @@ def _plain(value):
 
 
 def _overview(cases):
-    if not any(case.panel and case.best for case in cases):
+    """A strip for each line, a dot for each case: drawn without a fixed width, so that it fits a phone."""
+    lines = digest.by("line", [case for case in cases if case.best])
+    if not lines:
         return ""
-    return f"<h2>At a glance</h2><div class=wide>{embedded(pictures.overview_svg(cases))}</div>"
+    ratios = [case.best["times_the_speed"] for group in lines.values() for case in group]
+    ticks = pictures.ratio_ticks(ratios)
+    low, high = math.log(ticks[0]), math.log(ticks[-1])
+
+    def across(ratio):
+        return f"{2 + 96 * (math.log(ratio) - low) / (high - low):.2f}%"
+
+    grid = "".join(f'<line x1={across(x)} x2={across(x)} y2=100% class="{"one" if x == 1 else ""}"/>' for x in ticks)
+    rows = []
+    for name, group in lines.items():
+        dots = "".join(_dot(case, across) for case in group)
+        rows.append(f"<span>{escape(name)}</span><svg class=strip height=20>{grid}{dots}</svg>")
+    texts = "".join(f"<text x={across(tick)} y=14 text-anchor=middle>{tick:g}</text>" for tick in ticks)
+    says = "Times as fast as the fastest of the others, on a scale of ratios; a dot is a case."
+    axis = f"<span></span><svg class=strip height=20>{texts}</svg>"
+    return f"<h2>At a glance</h2><p>{says}</p><div class=strips>{''.join(rows)}{axis}</div>"
+
+
+def _dot(case, across):
+    row = case.best
+    name, colour = f"{case.case}: {row['times_the_speed']:.2f}", VERDICT_NAMES[row["verdict"]]
+    title = f"<title>{escape(name)}</title>"
+    return f'<circle cx={across(row["times_the_speed"])} cy=10 r=5 style="fill: var(--{colour})">{title}</circle>'
 
 
 def _losses(cases):

@@ -5,7 +5,7 @@ import math
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from fastlayers.benchmarks import digest
 from fastlayers.benchmarks.runner import OURS
@@ -36,16 +36,12 @@ def colours_of(candidates):
 def panel_svg(cases, quantity, colours):
     """One chart, for a page: text stays text, so that the page's font and colours apply. None: nothing to draw."""
     with matplotlib.rc_context({**RC, "svg.hashsalt": f"{cases[0].suite} {cases[0].panel} {quantity}"}):
-        figure = Figure(figsize=(3.7, 2.5), layout="constrained")
-        axes = figure.subplots()
+        numbers = all(isinstance(case.place, float) for case in cases)
+        figure = Figure(figsize=(3.7, 2.5), layout=None if numbers else "constrained")
+        axes = figure.add_axes((0.13, 0.2, 0.85, 0.67)) if numbers else figure.subplots()
         if not chart(axes, cases, quantity, colours):
             return None
         return _svg(figure)
-
-
-def overview_svg(cases):
-    with matplotlib.rc_context({**RC, "svg.hashsalt": "overview"}):
-        return _svg(overview(cases))
 
 
 def bars_svg(name, values, title):
@@ -195,7 +191,10 @@ def overview(cases):
         axes.scatter(ratios, [number] * len(group), c=colours, s=26, zorder=2)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks = ratio_ticks([case.best["times_the_speed"] for group in lines.values() for case in group])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(ticks[0] / 1.05, ticks[-1] * 1.05)
     axes.set_yticks(range(len(lines)), lines)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_title("times as fast as the fastest of the others; a dot is a case", loc="left")
@@ -205,6 +204,12 @@ def overview(cases):
     dots = [matplotlib.lines.Line2D([], [], color=c, marker="o", linestyle="") for c in VERDICTS.values()]
     figure.legend(dots, VERDICTS, loc="outside lower right", ncols=3, frameon=False)
     return figure
+
+
+def ratio_ticks(ratios):
+    """Powers of 2 that enclose 1 and all of these."""
+    low, high = math.floor(math.log2(min(ratios))), math.ceil(math.log2(max(ratios)))
+    return [2.0**power for power in range(min(low, -1), max(high, 1) + 1)]
 
 
 def save_overview(cases, path):

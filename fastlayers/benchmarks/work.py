@@ -43,7 +43,12 @@ class Work:
 
     def _next(self):
         if self.rotation is None:  # shared by the candidates of a case, made when the first of them runs
-            self.rotation = Rotation(lambda: self._made(self.call), self.bytes_each, self.setting)
+            tensors, dout = self._made(self.call)
+
+            def copies():
+                return [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors], dout.clone()
+
+            self.rotation = Rotation(copies, self.bytes_each, self.setting)
         return next(self.rotation)
 
     def _step(self, function):
