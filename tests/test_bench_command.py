@@ -76,6 +76,8 @@ def test_pairs_are_counted_as_they_are_seen():
         assert attention.replace(call, **options).pairs == 3 * 2 * mask.sum().item()
     assert attention.replace(call, lengths=(1, 4, 7)).pairs == 2 * (1 + 16 + 49)
     assert attention.replace(call, decodes=True).pairs == 3 * 2 * 7
+    padded = attention.calls.key_mask(attention.replace(call, lengths=(1, 4, 7)))
+    assert padded.shape == (3, 1, 1, 7) and padded.sum(-1).flatten().tolist() == [1, 4, 7]
 
 
 def a_case_of(suite, *words):

@@ -39,7 +39,7 @@ def test_counts_and_bounds(small, tmp_path, capsys):
     dram = next(gpu.dram for gpu in GPUS if gpu.name == "A100")
     assert float(adam["microseconds"]) == pytest.approx(1e6 * 7 * 4 * 4096 / dram)
     ours, naive = a100["attention", "fastlayers, CUDA C++"], a100["attention", "ladder, 1_naive"]
-    assert int(naive["instructions"]) > 50 * int(ours["instructions"])
+    assert int(naive["instructions"]) > 20 * int(ours["instructions"])
     assert float(naive["tensor_share"]) == 0 < float(ours["tensor_share"])
     assert int(ours["wavefronts"]) == int(ours["wavefronts_minimum"])
     page = (tmp_path / "simulated.html").read_text()
