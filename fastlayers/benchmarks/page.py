@@ -32,7 +32,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .charts svg { width: 100%%; height: auto; max-width: 26rem } .wide svg { width: 100%%; height: auto; max-width: 60rem }
 .wide { overflow-x: auto } svg text { font-family: inherit !important; fill: currentColor }
 .strips { display: grid; grid-template-columns: max-content 1fr; column-gap: .8rem; align-items: center }
-.strip { display: block; width: 100%%; font-size: .8rem } .strip line { stroke: var(--line) } .strip .one { stroke: var(--ink) }
+.strip { display: block; width: 100%%; font-size: .8rem }
+.strip line { stroke: var(--line) } .strip .one { stroke: var(--ink) }
 @media (max-width: 40rem) { .strips { grid-template-columns: 1fr } .strips span { margin-top: .35rem } }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .3rem 0; font-size: .9rem }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%%; margin-right: .35rem }
