@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def bars_svg(name, values, title):
         figure = Figure(figsize=(7.2, 0.3 * len(values) + 0.9), layout="constrained")
         axes = figure.subplots()
         bars = axes.barh(list(values), list(values.values()), color=PALETTE[0], height=0.65)
-        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.bar_label(bars, fmt=_number, padding=3)
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlim(min(values.values()) / 3, 2 * max(values.values()))
@@ -73,18 +74,18 @@ def save_suite(cases, quantity, colours, path):
             return False
         columns = min(4, len(drawn))
         rows = math.ceil(len(drawn) / columns)
-        figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.5), layout="constrained")
+        figure = Figure(figsize=(max(7.2, 3.6 * columns), 2.6 * rows + 0.8), layout="constrained")
         every = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (name, group) in zip(every, drawn.items()):
             chart(axes, group, quantity, colours)
-            axes.set_title(name, loc="left")
+            axes.set_title(textwrap.fill(name, 38), loc="left")
         for axes in list(every)[len(drawn) :]:
             axes.axis("off")
         figure.suptitle(TITLES[quantity].format(unit=digest.speed_of(cases)[1]))
         if quantity != "ratio":
             used = digest.candidates_of([case for group in drawn.values() for case in group])
             lines = [matplotlib.lines.Line2D([], [], color=colours[name], marker="o", markersize=4) for name in used]
-            figure.legend(lines, used, loc="outside upper left", ncols=min(4, len(used)), frameon=False)
+            figure.legend(lines, used, loc="outside lower center", ncols=min(4, len(used)), frameon=False)
         figure.savefig(path, dpi=144)
         return True
 
@@ -124,6 +125,10 @@ def _short(size):
     return f"{size / 1024:.0f}k" if size >= 1024 and size % 1024 == 0 else f"{size:.0f}"
 
 
+def _number(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _values(case, quantity, cases):
     """{candidate: number} of one case, and the unit."""
     column, unit = digest.speed_of(cases)
@@ -155,7 +160,7 @@ def _bars(axes, cases, quantity, colours):
             if name in values:
                 height = 0.8 / len(names)
                 bars = axes.barh(place - 0.4 + (number + 0.5) * height, values[name], 0.9 * height, color=colours[name])
-                axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+                axes.bar_label(bars, fmt=_number, padding=2, fontsize=8)
     axes.set_yticks(range(len(cases)), [str(case.size).replace(", ", "\n", 1) for case in cases])
     axes.invert_yaxis()
     axes.margins(x=0.18)
