@@ -46,7 +46,7 @@ MODELS = {  # millions of parameters, roughly, and their shapes
     "cpu": {4: (8192, 256, 3), 22: (30522, 384, 6), 108: (30522, 768, 12)},
     "cuda": {22: (30522, 384, 6), 108: (30522, 768, 12), 334: (30522, 1024, 24), 1300: (50257, 2048, 24)},
 }
-SMALL_TENSORS = {"cpu": (500, 2000, 8000), "cuda": (500, 2000, 8000)}  # of 4,096 elements
+SMALL_TENSORS = {"cpu": (125, 500, 2000), "cuda": (500, 2000, 8000)}  # of 4,096 elements
 
 TARGETS = [  # on CPU, float32: what, the shapes, and how many times as fast it has to be
     (
