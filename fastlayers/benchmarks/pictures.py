@@ -46,15 +46,17 @@ def panel_svg(cases, quantity, colours):
 
 
 def bars_svg(name, values, title):
-    """{text: number} as bars on a scale of powers of ten, for values that lie far apart."""
+    """{text: number} as bars, on a scale of powers of ten where they lie far apart."""
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         figure = Figure(figsize=(7.2, 0.3 * len(values) + 0.9), layout="constrained")
         axes = figure.subplots()
         bars = axes.barh(list(values), list(values.values()), color=PALETTE[0], height=0.65)
         axes.bar_label(bars, fmt=_number, padding=3)
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlim(min(values.values()) / 3, 2 * max(values.values()))
+        least, most = min(values.values()), max(values.values())
+        if most > 10 * least:
+            axes.set_xscale("log")
+        axes.set_xlim(least / 3 if most > 10 * least else 0, 2 * most)
         axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(figure)

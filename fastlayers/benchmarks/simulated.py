@@ -31,6 +31,7 @@ COMPILED_FOR = {"sm_75": "sm_75", "sm_80": "sm_80", "sm_89": "sm_80", "sm_90": "
 NOTICE = """Estimates from a simulated GPU: instructions and bytes that were counted, and lower bounds that follow from
 published rates. Nothing on this page was measured; none of these kernels has run on a real GPU for it."""
 
+CHART = "microseconds at least on an A100, and the unit that binds (estimates)"
 EXPLANATION = """<h2>What this says</h2><p>Instructions are those of the PTX. Wavefronts are passes of shared memory,
 sectors 32 bytes of global memory; each stands beside the least that the same accesses could take. The binding unit is
 the one whose work, divided by its published rate on the whole GPU, takes longest; latency, dependences and caches are
@@ -137,18 +138,19 @@ def html(found):
     parts = ["<h1>fastlayers' GPU kernels, simulated</h1>", f"<p class=notice><b>{escape(NOTICE)}</b></p>"]
     for work in dict.fromkeys(row["work"] for row in found):
         mine = [row for row in found if row["work"] == work]
-        chart = page.embedded(pictures.bars_svg(work, _totals(mine), "microseconds at least on an A100 (estimate)"))
+        chart = page.embedded(pictures.bars_svg(work, _totals(mine), CHART))
         parts.append(f"<h2>{escape(work)}</h2><div class=wide>{chart}</div>{_table(mine)}")
     parts.append(EXPLANATION)
     return page.html("fastlayers' GPU kernels, simulated", "\n".join(parts))
 
 
 def _totals(found):
-    """{implementation: microseconds of its kernels together} on the A100."""
-    totals = {}
+    """{implementation, and what binds the longest of its kernels: microseconds of all together} on the A100."""
+    kernels = {}
     for row in (row for row in found if row["gpu"] == "A100"):
-        totals[row["implementation"]] = totals.get(row["implementation"], 0.0) + row["microseconds"]
-    return totals
+        kernels.setdefault(row["implementation"], []).append(row)
+    longest = {name: max(rows, key=lambda row: row["microseconds"])["binding"] for name, rows in kernels.items()}
+    return {f"{name}: {longest[name]}": sum(row["microseconds"] for row in rows) for name, rows in kernels.items()}
 
 
 def _table(found):

@@ -43,7 +43,7 @@ def test_counts_and_bounds(small, tmp_path, capsys):
     assert float(naive["tensor_share"]) == 0 < float(ours["tensor_share"])
     assert int(ours["wavefronts"]) == int(ours["wavefronts_minimum"])
     page = (tmp_path / "simulated.html").read_text()
-    assert "Nothing on this page was measured" in page and page.count("<svg") == 2 and "(estimate)" in page
+    assert "Nothing on this page was measured" in page and page.count("<svg") == 2 and "(estimates)" in page
 
 
 def test_bad_arguments(capsys):
