@@ -45,7 +45,7 @@ class Sizes:
 
 SIZES = {
     "cpu": Sizes(
-        hidden=512,
+        hidden=256,
         tokens=4096,
         seqlens=(256, 1024, 4096),
         head_dims=(64, 128),
