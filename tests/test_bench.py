@@ -85,6 +85,14 @@ def test_a_failing_candidate_stops_no_other():
     assert [name for name, result in results.items() if result.seconds] == [OURS, "fine"]
 
 
+def test_others_are_not_left_out_for_a_hair():
+    hair, nan = Deviation(1.5, "max error 1.5"), Deviation(float("nan"), "max error nan")
+    candidates = {OURS: hair, f"{OURS} (cuda)": hair, "other": hair, "nan": nan}
+    made = {name: sleeper(0.003, check=lambda found=found: found) for name, found in candidates.items()}
+    problems = [result.problem for result in runner.run_case(case(made), seconds=0)]
+    assert problems == ["max error 1.5", "max error 1.5", None, "max error nan"]
+
+
 def test_checks_come_before_the_first_timing():
     order = []
     candidates = {

@@ -3,14 +3,9 @@
 from dataclasses import dataclass
 
 from fastlayers.benchmarks.results import TIMED
-from fastlayers.benchmarks.runner import OURS
+from fastlayers.benchmarks.runner import OURS, is_ours
 
 KEY = ("suite", "line", "panel", "axis", "size", "case", "device", "dtype", "cache")
-
-
-def is_ours(candidate):
-    """fastlayers as it chooses, or one of its kernels by name."""
-    return candidate.split(" (")[0] == OURS
 
 
 @dataclass

@@ -5,7 +5,7 @@ from html import escape
 
 from fastlayers.benchmarks import digest, pictures
 from fastlayers.benchmarks.results import FAILED, SKIPPED
-from fastlayers.benchmarks.runner import OURS
+from fastlayers.benchmarks.runner import OTHERS_MAY, OURS
 from fastlayers.benchmarks.shown import duration
 
 DARK = ("#3bc9db", "#ff922b", "#b197fc", "#f783ac", "#69db7c", "#ffd43b", "#ced4da", "#74c0fc")  # of pictures.PALETTE
@@ -269,7 +269,8 @@ def _method(rows):
     memory = "by torch's allocator" if on_gpu else "as resident memory of the process"
     return f"""<h2>How it was measured</h2>
 <p>All candidates of a case run in one process and take turns, the first place going round; each was checked against
-float64 before it was timed (deviation: 1 is the most that the rule allows). Inputs {inputs}. A ratio is the median
+float64 before it was timed (deviation: 1 is the most that fastlayers is allowed, {OTHERS_MAY:g} the most for others).
+Inputs {inputs}. A ratio is the median
 of the ratios of the rounds, with their 20th and 80th percentiles; where these enclose 1, the case cannot be told from
 noise.</p>
 <p>The roofline is what a step would take if it only read and wrote each number once at the speed of a large copy, or
