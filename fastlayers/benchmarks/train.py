@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -67,7 +68,7 @@ def _case(setting, dtype, name, size, tokens, candidates, targets):
 def _main_job(setting, seq_len, batch, wanted):
     name = f"main job, one step, float32, dropout 0.1, seq {seq_len}, batch {batch}"
     size = f"BERT, 22.7 M, {batch} x {seq_len}"
-    make = lambda: _main_job_candidates(seq_len, batch)  # noqa: E731
+    make = partial(_main_job_candidates, seq_len, batch)
     return _case(setting, "float32", name, size, batch * seq_len, make, {EAGER: wanted})
 
 
@@ -113,7 +114,7 @@ def _needs(*packages):
 
 def _model(setting, dtype, name, family, config, batch, seq_len):
     size = f"{name}, {batch} x {seq_len}"
-    make = lambda: _model_candidates(setting.device, dtype, family, config, batch, seq_len)  # noqa: E731
+    make = partial(_model_candidates, setting.device, dtype, family, config, batch, seq_len)
     return _case(setting, dtype, f"{size}, one step, {dtype}", size, batch * seq_len, make, {})
 
 
