@@ -85,8 +85,6 @@ def _problem(args):
     """Why the arguments, each fine by itself, ask for what cannot be, or None."""
     if args.out and args.out.exists() and not args.out.is_dir():
         return f"--out {args.out}: wanted a folder, that is a file"
-    if args.out and not args.out.parent.is_dir():
-        return f"--out {args.out}: there is no folder {args.out.parent}"
     if args.device == "cuda" and not torch.cuda.is_available():
         return f"--device cuda: {machine_reason('triton')}; --device cpu measures the CPU kernels"
     return None
@@ -118,7 +116,7 @@ def measure(args, setting, cases):
     roofs = roofline.measure(setting)
     print("this machine: " + ", ".join(_roof(name, value) for name, value in roofs.items()))
     if args.out:
-        args.out.mkdir(exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     rows, found, failed = [], [], False
     for case in cases:
         outcome, problem = run_guarded(case, args.quick)
