@@ -1,42 +1,54 @@
-"""`fastlayers bench`: time fastlayers beside PyTorch on this machine, print the ratios, write a CSV."""
+"""`fastlayers bench`: time fastlayers beside PyTorch and other packages on this machine, and write the results."""
 
 import argparse
-import csv
 import importlib
-import shlex
-import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-import fastlayers
-from fastlayers import _native, backends
-from fastlayers.benchmarks import runner
+from fastlayers import backends
+from fastlayers.benchmarks import machine, results, roofline, runner, shown
+from fastlayers.benchmarks.runner import Setting
 from fastlayers.benchmarks.tune import tune
 from fastlayers.choices import own_path
-from fastlayers.info import cpu_name
+from fastlayers.info import machine_reason
 
 SUITES = ("attention", "linear_act", "adam", "train", "install")
-SECONDS, QUICK_SECONDS = 20.0, 3.0  # of timing per case
+SECONDS, QUICK_SECONDS = 10.0, 1.0  # of timing per case
+ROUNDS, QUICK_ROUNDS = 10, 5  # at least
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMMANDS = {"report": ("fastlayers.benchmarks.report", "make a page and pictures of results", "bench")}
 
 
 def add_arguments(parser):
     add = parser.add_argument
+    parser.epilog = "`fastlayers bench report FOLDER` makes a page and pictures of what --out FOLDER holds"
     add("suites", nargs="*", metavar="SUITE", type=suite, help=f"{', '.join(SUITES)}; all of them by default")
     add("-k", dest="words", metavar="TEXT", default="", help="only cases whose name contains TEXT")
-    add("--quick", action="store_true", help="a few seconds per case; leaves out the clean build")
+    add("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda where there is a GPU)")
+    add("--dtype", type=dtype, action="append", help="float32, bfloat16 or float16 (fp32, bf16, fp16); may be repeated")
+    add("--warm", action="store_true", help="the same inputs each time, so that caches hold them (default: cold)")
+    add("--quick", action="store_true", help="a second per case; leaves out the clean build")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: as torch chooses)")
-    add("--out", metavar="FILE.csv", type=Path, help="write the results there")
+    add("--out", metavar="FOLDER", type=Path, help=f"write {results.CSV_NAME} and {results.JSON_NAME} there")
+    add("--share", action="store_true", help="end with a small text that can be pasted into an issue")
     add("--list", action="store_true", help="print the cases and time nothing")
     add("--tune", action="store_true", help="find the best backend per shape on this GPU, for calls that name none")
 
 
 def suite(text):
     if text not in SUITES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SUITES)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SUITES)}, or the command report")
     return text
+
+
+def dtype(text):
+    name = DTYPES.get(text, text)
+    if name not in DTYPES.values():
+        wanted = ", ".join((*DTYPES.values(), *DTYPES))
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {wanted}")
+    return name
 
 
 def positive(text):
@@ -48,172 +60,108 @@ def positive(text):
 def run(args):
     if args.tune:
         return run_tune(args)
-    if args.out and not args.out.parent.is_dir():
-        print(f"fastlayers bench: --out {args.out}: there is no folder {args.out.parent}", file=sys.stderr)
-        return 2
-    cases = [
-        case
-        for name in args.suites or SUITES
-        for case in importlib.import_module(f"fastlayers.benchmarks.{name}").CASES
-        if args.words in case.name and not (args.quick and case.slow)
-    ]
+    problem = _problem(args)
+    if problem:
+        return refuse(problem)
+    setting = setting_of(args)
+    cases = chosen_cases(args, setting)
     if not cases:
-        print(f"fastlayers bench: no case of {' '.join(args.suites or SUITES)} has {args.words!r} in its name")
-        return 2
+        which = f"{' '.join(args.suites or SUITES)} on {setting.device} in {', '.join(setting.dtypes)}"
+        return refuse(f"no case of {which} has {args.words!r} in its name")
     if args.list:
         print("\n".join(f"{case.suite:<11} {case.name}" for case in cases))
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = describe_machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if name != "command"))
-    rows, failed = [], False
-    for case in cases:
-        results, problem = run_guarded(case, QUICK_SECONDS if args.quick else SECONDS)
-        print("\n" + "\n".join(as_text(case, results, problem)), flush=True)
-        rows += [{**row, **machine} for row in as_rows(case, results)]
-        failed = failed or bool(problem) or any(result.problem for result in results)
+    return measure(args, setting, cases)
+
+
+def refuse(problem):
+    print(f"fastlayers bench: {problem}", file=sys.stderr)
+    return 2
+
+
+def _problem(args):
+    """Why the arguments, each fine by itself, ask for what cannot be, or None."""
+    if args.out and args.out.exists() and not args.out.is_dir():
+        return f"--out {args.out}: wanted a folder, that is a file"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return f"--device cuda: {machine_reason('triton')}; --device cpu measures the CPU kernels"
+    return None
+
+
+def setting_of(args):
+    """By default float32 and bfloat16 on a CPU, and the 16-bit dtype that a GPU multiplies fastest."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        dtypes = ("float32", "bfloat16")
+    else:
+        dtypes = ("bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16",)
+    return Setting(device, tuple(dict.fromkeys(args.dtype)) if args.dtype else dtypes, not args.warm)
+
+
+def chosen_cases(args, setting):
+    return [
+        case
+        for name in args.suites or SUITES
+        for case in importlib.import_module(f"fastlayers.benchmarks.{name}").cases(setting)
+        if args.words in case.name and not (args.quick and case.slow)
+    ]
+
+
+def measure(args, setting, cases):
+    """Time the cases; 1 where one failed. What is there already is written after each, so that a break loses little."""
+    facts = machine.describe(setting)
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if value and name != "command"))
+    roofs = roofline.measure(setting)
+    print("this machine: " + ", ".join(_roof(name, value) for name, value in roofs.items()))
     if args.out:
-        write_csv(args.out, rows)
-        print(f"\nwritten to {args.out}")
+        args.out.mkdir(parents=True, exist_ok=True)
+    rows, found, failed = [], [], False
+    for case in cases:
+        outcome, problem = run_guarded(case, args.quick)
+        print("\n" + "\n".join(shown.as_text(case, outcome, problem)), flush=True)
+        outcome = outcome or [runner.Result(runner.OURS, problem=problem)]
+        rows += results.rows_of(case, outcome, roofs, {**machine.gpu_state(setting), **facts})
+        found += outcome
+        failed = failed or any(result.problem for result in outcome)
+        if args.out:
+            results.write(args.out, rows, facts, roofs)
+    _close(args, rows, facts, found)
     return 1 if failed else 0
 
 
+def _roof(name, value):
+    return f"copies {value:.1f} GB/s" if name.startswith("copy") else f"multiplies {value:.0f} GFLOP/s in {name}"
+
+
+def _close(args, rows, facts, found):
+    skipped = shown.skipped(found)
+    if skipped:
+        print("\nskipped:")
+        print("\n".join(f"  {candidate}: {reason} ({count} cases)" for candidate, reason, count in skipped))
+    if args.out:
+        print(f"\nwritten to {args.out}; `fastlayers bench report {args.out}` makes a page of it")
+    if args.share:
+        print("\n" + results.as_shared(rows, facts))
+
+
 def run_tune(args):
-    if args.out or args.list:
-        print(f"fastlayers bench: --tune writes {own_path()}; it takes neither --out nor --list", file=sys.stderr)
-        return 2
+    given = [f"--{name}" for name in ("out", "list", "share", "dtype", "device", "warm") if getattr(args, name)]
+    if given:
+        return refuse(f"--tune writes {own_path()}, for the GPU and all dtypes; it takes no {' and no '.join(given)}")
     if backends.cuda_device == "cuda" and not torch.cuda.is_available():
-        print("fastlayers bench: --tune chooses among GPU kernels, and torch sees no NVIDIA GPU", file=sys.stderr)
-        return 2
+        return refuse("--tune chooses among GPU kernels, and torch sees no NVIDIA GPU")
     if not tune(args.suites or SUITES, args.words, args.quick):
-        print("fastlayers bench: --tune found no call to choose a backend for", file=sys.stderr)
-        return 2
+        return refuse("--tune found no call to choose a backend for")
     return 0
 
 
-def run_guarded(case, seconds):
+def run_guarded(case, quick):
     """The case's results, and why it could not be set up (with no results) or None."""
     torch.manual_seed(0)
     try:
-        return runner.run_case(case, seconds), None
+        limits = (QUICK_SECONDS, QUICK_ROUNDS) if quick else (SECONDS, ROUNDS)
+        return runner.run_case(case, *limits), None
     except Exception as error:
         return [], runner.one_line(error)
-
-
-def describe_machine():
-    """What a number means nothing without."""
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "isa": _native.cpu_isa,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "fastlayers": fastlayers.__version__,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["fastlayers", *sys.argv[1:]]),
-    }
-
-
-def commit():
-    """The commit of the source tree that is running, with -dirty where it was changed since; "" for a wheel."""
-    source = Path(fastlayers.__file__).parent.parent
-    if not (source / ".git").exists():
-        return ""
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def ratio_to(case, results, result):
-    """(median, 20th, 80th percentile) of how many times faster ours was than this candidate, or None."""
-    ours = results[0]
-    if result is ours or not ours.seconds or not result.seconds:
-        return None
-    each = runner.ratios(ours, result)
-    return tuple(runner.percentile(each, percent) for percent in (50, 20, 80))
-
-
-def as_text(case, results, problem):
-    """The lines that show one case."""
-    lines = [f"{case.suite}: {case.name}"]
-    if problem:
-        return [*lines, f"  not run: {problem}"]
-    width = max(len(result.candidate) for result in results) + 2
-    for result in results:
-        name = f"  {result.candidate:<{width}}"
-        if result.problem:
-            lines.append(f"{name}failed: {result.problem}")
-            continue
-        low, high = result.percentile(20), result.percentile(80)
-        text = (
-            f"{name}{duration(result.median):>9}  ({duration(low)} .. {duration(high)}, {len(result.seconds)} rounds)"
-        )
-        text += "".join(f"  {speed}" for speed in speeds(case, result))
-        if result.deviation is not None:
-            text += f"  deviation {result.deviation:.2f}"
-        lines.append(text)
-    lines += [line for result in results if (line := verdict(case, results, result))]
-    return lines
-
-
-def verdict(case, results, result):
-    """What became of the case's target that concerns this candidate; "" where there is none."""
-    if case.limit is not None and result.seconds:
-        reached = "reached" if result.median <= case.limit else "MISSED"
-        return f"  {duration(result.median)}, wanted at most {duration(case.limit)}: {reached}"
-    ratio = ratio_to(case, results, result)
-    if ratio is None:
-        return ""
-    text = f"  {ratio[0]:.2f} times the speed of {result.candidate} ({ratio[1]:.2f} .. {ratio[2]:.2f})"
-    wanted = case.targets.get(result.candidate)
-    if wanted is None:
-        return text
-    return f"{text}, wanted {wanted:g}: {'reached' if ratio[0] >= wanted else 'MISSED'}"
-
-
-def duration(seconds):
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale or unit == "us":
-            return f"{seconds / scale:.4g} {unit}"
-
-
-def speeds(case, result):
-    if case.flops:
-        yield f"{case.flops / result.median / 1e9:.0f} GFLOP/s"
-    elif case.bytes:
-        yield f"{case.bytes / result.median / 1e9:.1f} GB/s"
-
-
-def as_rows(case, results):
-    """One row of the CSV per candidate."""
-    for result in results:
-        ratio = ratio_to(case, results, result) or ("", "", "")
-        timed = bool(result.seconds)
-        yield {
-            "suite": case.suite,
-            "case": case.name,
-            "candidate": result.candidate,
-            "milliseconds": 1e3 * result.median if timed else "",
-            "milliseconds_p20": 1e3 * result.percentile(20) if timed else "",
-            "milliseconds_p80": 1e3 * result.percentile(80) if timed else "",
-            "rounds": len(result.seconds),
-            "gflops": case.flops / result.median / 1e9 if timed and case.flops else "",
-            "gbytes_per_second": case.bytes / result.median / 1e9 if timed and case.bytes else "",
-            "times_the_speed": ratio[0],
-            "times_the_speed_p20": ratio[1],
-            "times_the_speed_p80": ratio[2],
-            "wanted": case.targets.get(result.candidate, case.limit or ""),
-            "deviation": "" if result.deviation is None else result.deviation,
-            "problem": result.problem or "",
-        }
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)

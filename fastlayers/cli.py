@@ -1,7 +1,7 @@
 """The `fastlayers` command: a table of subcommands.
 
 Each names a module (or holds an object) with add_arguments(parser) and run(args) -> exit status, or with a COMMANDS
-table of its own, and the extra of the package that it needs, if any.
+table of its own, or both, and the extra of the package that it needs, if any.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_commands(parser, commands, arguments):
         command = parsers.add_parser(name, help=summary, description=summary)
         if arguments[:1] == [name]:
             module = import_command(name, module, extra)
-            if hasattr(module, "COMMANDS"):
+            if (arguments[1:2] and arguments[1] in getattr(module, "COMMANDS", ())) or not hasattr(module, "run"):
                 add_commands(command, module.COMMANDS, arguments[1:])
             else:
                 module.add_arguments(command)

@@ -1,91 +1,195 @@
-"""Attention beside torch's scaled_dot_product_attention."""
+"""Attention beside torch's scaled_dot_product_attention and other packages."""
+
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
-from fastlayers import ops
-from fastlayers.agreement import deviation
-from fastlayers.benchmarks.runner import OURS, Candidate, Case, Rotation
+from fastlayers import backends
+from fastlayers.benchmarks import attention_calls as calls
+from fastlayers.benchmarks import others
+from fastlayers.benchmarks.attention_calls import Call
+from fastlayers.benchmarks.runner import Case, Place
+from fastlayers.benchmarks.work import BACKWARD, BOTH, FORWARD, Work, gather, our_makers
+
+SUITE = "attention"
 
 # Floating-point operations of the products alone, per (query, key) pair and head-dimension element: q k and p v in the
 # forward; those of the recomputed scores, dv, dp, dq and dk in the backward.
-FORWARD, FORWARD_BACKWARD = 4, 14
+FLOPS = {FORWARD: 4, BACKWARD: 10, BOTH: 14}
+
+SDPA = {  # candidate -> torch's name of the kernel
+    "cpu": {"sdpa": None, "sdpa (math)": "MATH"},
+    "cuda": {
+        "sdpa (flash)": "FLASH_ATTENTION",
+        "sdpa (efficient)": "EFFICIENT_ATTENTION",
+        "sdpa (cudnn)": "CUDNN_ATTENTION",
+        "sdpa (math)": "MATH",
+    },
+}
 
 
-def _shape_name(batch, heads, seqlen, head_dim):
-    return f"B{batch} H{heads} S{seqlen} D{head_dim}"
+@dataclass(frozen=True)
+class Sizes:
+    """Of the sweeps, per device: on a GPU those of the FlashAttention papers, on a CPU what takes minutes."""
+
+    hidden: int
+    tokens: int
+    seqlens: tuple
+    head_dims: tuple
+    windows: tuple  # at the longest of the sequences
+    caches: tuple
+    cache_batch: int
+    padded: tuple
+    dropout: tuple
 
 
-def _inputs(shape, dtype, backward):
-    """query, key, value and the gradient of the output."""
-    tensors = [torch.randn(shape).to(dtype) for _ in range(4)]
-    return [tensor.requires_grad_(backward) for tensor in tensors[:3]] + tensors[3:]
+SIZES = {
+    "cpu": Sizes(
+        hidden=256,
+        tokens=4096,
+        seqlens=(256, 1024, 4096),
+        head_dims=(64, 128),
+        windows=(128, 512, 2048),
+        caches=(512, 2048, 8192),
+        cache_batch=4,
+        padded=(128, 512),
+        dropout=(512, 2048),
+    ),
+    "cuda": Sizes(
+        hidden=2048,
+        tokens=16384,
+        seqlens=(512, 1024, 2048, 4096, 8192, 16384),
+        head_dims=(64, 128, 256),
+        windows=(256, 1024, 4096),
+        caches=(1024, 4096, 16384, 65536),
+        cache_batch=8,
+        padded=(512, 2048, 8192),
+        dropout=(512, 2048, 8192),
+    ),
+}
 
-
-def _step(attend, inputs, backward, **options):
-    query, key, value, dout = inputs
-    with torch.set_grad_enabled(backward):
-        out = attend(query, key, value, **options)
-        return (out, *torch.autograd.grad(out, (query, key, value), dout)) if backward else (out,)
-
-
-def _worst(ours, exact, eager):
-    return max(map(deviation, ours, exact, eager), key=lambda found: found.ratio)
-
-
-def _candidates(shape, dtype, backward, is_causal, dropout_p):
-    elements = torch.Size(shape).numel()
-    inputs = Rotation(lambda: _inputs(shape, dtype, backward), 4 * elements * dtype.itemsize)
-    options = {"is_causal": is_causal, "dropout_p": dropout_p}
-
-    def check(attend, **extra):
-        """Without dropout both are compared; with dropout ours alone, under a fixed mask."""
-        small = [tensor[:1, :2] for tensor in inputs.items[0]]
-        exact_inputs = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in small]
-        exact = _step(ops.attention, exact_inputs, backward, **options, **extra, backend="reference")
-        eager = _step(ops.attention, small, backward, **options, **extra, backend="reference")
-        return _worst(_step(attend, small, backward, **options, **extra), exact, eager)
-
-    rng = {"dropout_rng": torch.tensor([7, 0])} if dropout_p else {}
-    return {
-        OURS: Candidate(
-            step=lambda: _step(ops.attention, next(inputs), backward, **options),
-            check=lambda: check(ops.attention, **rng),
-        ),
-        "sdpa": Candidate(
-            step=lambda: _step(F.scaled_dot_product_attention, next(inputs), backward, **options),
-            check=None if dropout_p else lambda: check(F.scaled_dot_product_attention),
-        ),
-    }
-
-
-def _case(shape, dtype, *, backward, is_causal=False, dropout_p=0.0, wanted):
-    batch, heads, seqlen, head_dim = shape
-    pairs = batch * heads * (seqlen * (seqlen + 1) // 2 if is_causal else seqlen * seqlen)
-    tensors = 8 if backward else 4  # query, key, value, out, and their gradients
-    name = ", ".join(
-        [
-            "forward+backward" if backward else "forward",
-            str(dtype).removeprefix("torch."),
-            _shape_name(*shape),
-            *(["causal"] if is_causal else []),
-            *([f"dropout {dropout_p}"] if dropout_p else []),
-        ]
-    )
-    return Case(
-        suite="attention",
-        name=name,
-        candidates=lambda: _candidates(shape, dtype, backward, is_causal, dropout_p),
-        targets={"sdpa": wanted},
-        flops=pairs * head_dim * (FORWARD_BACKWARD if backward else FORWARD),
-        bytes=tensors * batch * heads * seqlen * head_dim * dtype.itemsize,
-    )
-
-
-CASES = [
-    _case((1, 12, 2048, 64), torch.float32, backward=False, wanted=1.2),
-    _case((1, 12, 2048, 64), torch.float32, backward=False, is_causal=True, wanted=1.2),
-    _case((1, 12, 2048, 64), torch.bfloat16, backward=True, wanted=1.5),
-    _case((1, 12, 2048, 64), torch.bfloat16, backward=True, is_causal=True, wanted=1.5),
-    _case((8, 12, 512, 32), torch.float32, backward=True, dropout_p=0.1, wanted=4.0),
+TARGETS = [  # on CPU: what, and how many times as fast as sdpa it has to be
+    (Call("cpu", "float32", 1, 12, 2048, 64), 1.2),
+    (Call("cpu", "float32", 1, 12, 2048, 64, is_causal=True), 1.2),
+    (Call("cpu", "bfloat16", 1, 12, 2048, 64, BOTH), 1.5),
+    (Call("cpu", "bfloat16", 1, 12, 2048, 64, BOTH, is_causal=True), 1.5),
+    (Call("cpu", "float32", 8, 12, 512, 32, BOTH, dropout_p=0.1), 4.0),
 ]
+
+
+def cases(setting):
+    if setting.device == "cpu":
+        for call, wanted in TARGETS:
+            if call.dtype in setting.dtypes:
+                yield _case(setting, call, Place(), targets={"sdpa": wanted})
+    for dtype in setting.dtypes:
+        sizes, base = SIZES[setting.device], Call(setting.device, dtype, 1, 1, 1, 64)
+        for sweep in (_flash_attention, _windows, _decoding, _padding, _dropout):
+            for line, panel, axis, size, call in sweep(sizes, base):
+                yield _case(setting, call, Place(f"{line}, {dtype}", f"{panel}, {dtype}", axis, size))
+
+
+# The sweeps: each yields line and panel of the pictures, name of the size, size and Call.
+
+
+def _flash_attention(sizes, base):
+    """hidden / head_dim heads, tokens / seqlen sequences: the same products per token at each length."""
+    for head_dim in sizes.head_dims:
+        for is_causal in (False, True):
+            for passes in (FORWARD, BACKWARD, BOTH) if head_dim == 64 else (FORWARD, BOTH):
+                for seqlen in sizes.seqlens:
+                    shape = {"batch": sizes.tokens // seqlen, "heads": sizes.hidden // head_dim, "seqlen": seqlen}
+                    call = replace(base, head_dim=head_dim, is_causal=is_causal, passes=passes, **shape)
+                    panel = f"{passes}{', causal' if is_causal else ''}, head dim {head_dim}"
+                    yield f"attention {passes}", panel, "sequence length", seqlen, call
+
+
+def _windows(sizes, base):
+    seqlen = sizes.seqlens[-1]
+    for passes in (FORWARD, BOTH):
+        for window in sizes.windows:
+            call = replace(base, heads=sizes.hidden // 64, seqlen=seqlen, is_causal=True, window=window, passes=passes)
+            yield "attention, windows", f"window, {passes}, {seqlen} tokens", "window", window, call
+
+
+def _decoding(sizes, base):
+    """One new token of each sequence, against its cache."""
+    for heads, group in (("32/8 heads", 4), ("32 heads", 1)):
+        for seqlen in sizes.caches:
+            shape = {"batch": sizes.cache_batch, "heads": 32, "group": group, "head_dim": 128}
+            call = replace(base, seqlen=seqlen, decodes=True, **shape)
+            yield f"decoding, {heads}", f"decoding, {heads}", "tokens in the cache", seqlen, call
+
+
+def _padding(sizes, base):
+    """Eight sequences of an eighth to the whole of the length."""
+    for passes in (FORWARD, BOTH):
+        for seqlen in sizes.padded:
+            lengths = tuple(seqlen * (place + 1) // 8 for place in range(8))
+            call = replace(base, batch=8, heads=12, seqlen=seqlen, lengths=lengths, passes=passes)
+            yield "attention, padded", f"padded sequences, {passes}", "longest sequence", seqlen, call
+
+
+def _dropout(sizes, base):
+    for seqlen in sizes.dropout:
+        shape = {"batch": max(1, sizes.tokens // seqlen), "heads": sizes.hidden // 64, "seqlen": seqlen}
+        call = replace(base, dropout_p=0.1, passes=BOTH, **shape)
+        yield "attention, dropout", f"dropout 0.1, {BOTH}", "sequence length", seqlen, call
+
+
+def _case(setting, call, place, targets=None):
+    options = [
+        *(["causal"] if call.is_causal else []),
+        *([f"window {call.window}"] if call.window is not None else []),
+        *([f"dropout {call.dropout_p}"] if call.dropout_p else []),
+        *(["padded"] if call.lengths else []),
+        *(["decoding"] if call.decodes else []),
+    ]
+    itemsize = getattr(torch, call.dtype).itemsize
+    return Case(
+        suite=SUITE,
+        name=", ".join([call.passes, call.dtype, call.shape, *options]),
+        candidates=lambda: _candidates(setting, call),
+        targets=targets or {},
+        flops=call.pairs * call.head_dim * FLOPS[call.passes],
+        bytes=call.elements * itemsize * (1 if call.passes == FORWARD else 2),
+        place=place,
+        dtype=call.dtype,
+        setting=setting,
+    )
+
+
+def _work(setting, call):
+    size = call.elements * getattr(torch, call.dtype).itemsize
+    return Work(setting, call.passes, call, call.small, calls.inputs, calls.reference, size)
+
+
+def _candidates(setting, call):
+    work = _work(setting, call)
+    op = "decode_attention" if call.decodes else "attention"
+    tensors, _ = calls.inputs(call.small)
+    extra = [torch.ones(call.small.batch, dtype=torch.int32, device=call.device)] if call.decodes else []
+    facts = backends.facts(op, *tensors, *extra, enable_gqa=True)
+
+    def of_ours(backend):
+        made = work.candidate(lambda one: calls.fixed_dropout(one, backend))
+        if not call.dropout_p:
+            return made
+        drawn = work.candidate(lambda one: calls.ours(one, backend))  # timed with masks that are drawn anew
+        return replace(drawn, check=made.check)
+
+    makers = our_makers(op, facts, of_ours)
+    if call.lengths:
+        packed = _work(setting, replace(call, packed=True))
+        makers["fastlayers (varlen)"] = lambda: packed.candidate(calls.ours)
+    kernels = SDPA[setting.device].items()
+    makers |= {name: lambda k=kernel: _sdpa(work, call, k) for name, kernel in kernels}
+    if call.window is not None:
+        makers["flex_attention (torch.compile)"] = lambda: work.candidate(calls.flex)
+    makers |= others.makers(others.ATTENTION, lambda adapter: work.candidate(adapter, checked=not call.dropout_p))
+    return gather(makers)
+
+
+def _sdpa(work, call, kernel):
+    """With dropout it draws a mask of its own, which nothing can be compared with."""
+    return work.candidate(lambda one: calls.sdpa(one, kernel), checked=not call.dropout_p)

@@ -12,6 +12,7 @@ from pathlib import Path
 import fastlayers
 from fastlayers.benchmarks.runner import OURS, Candidate, Case
 
+SUITE = "install"
 SOURCE = Path(fastlayers.__file__).parent.parent
 LAUNCHERS = ("ccache", "sccache", "distcc")
 _IMPORT = "import time, torch; start = time.perf_counter(); import fastlayers; print(time.perf_counter() - start)"
@@ -48,7 +49,7 @@ def _alone(clock):
     return lambda: {OURS: Candidate(step=None, clock=clock)}
 
 
-CASES = [
-    Case("install", "import fastlayers beyond import torch", _alone(_import_seconds), limit=0.1),
-    Case("install", "clean build, CUDA sources included", _alone(_build_seconds), limit=300, slow=True),
-]
+def cases(setting):
+    """The same on every device, and no picture."""
+    yield Case(SUITE, "import fastlayers beyond import torch", _alone(_import_seconds), limit=0.1)
+    yield Case(SUITE, "clean build, CUDA sources included", _alone(_build_seconds), limit=300, slow=True)

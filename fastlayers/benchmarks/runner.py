@@ -7,11 +7,36 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 
-import torch
+from fastlayers.benchmarks import memory
+from fastlayers.benchmarks.clocks import SHORTEST_SAMPLE, clock_of
 
 OURS = "fastlayers"
+OTHERS_MAY = 4.0  # times the deviation that we allow ourselves: nobody is left out for a hair, or for another rule
+SLOW_CALL = 0.1  # seconds; a call that takes longer is warm after two
+
+
+def is_ours(candidate):
+    """fastlayers as it chooses, or one of its kernels by name."""
+    return candidate.split(" (")[0] == OURS
+
+
+class Skip(Exception):
+    """In place of a candidate: why it does not take part."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run measures on; the declarations make their cases for it.
+
+    device: "cpu" or "cuda"
+    dtypes: names, "float32", "bfloat16", "float16"
+    cold:   inputs come from memory, not from a cache that still holds them
+    """
+
+    device: str = "cpu"
+    dtypes: tuple = ("float32", "bfloat16")
+    cold: bool = True
 
 
 @dataclass(frozen=True)
@@ -20,7 +45,7 @@ class Candidate:
 
     step:  does the work once; every call is timed, and what it returns is dropped
     check: how far its results are from exact, an agreement.Deviation; None where the case has nothing to compare
-    clock: seconds that step() took, by default on the wall; a step that times a process of its own brings its own
+    clock: seconds that step() took, in place of the runner's; a step that times a process of its own brings its own
     """
 
     step: Callable
@@ -29,13 +54,26 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a case stands in pictures: its panel, and the size (a number, or a text) along the panel's axis.
+
+    line: of the overview, which several panels may share
+    """
+
+    line: str = ""
+    panel: str = ""
+    axis: str = ""
+    size: float | str = ""
+
+
+@dataclass(frozen=True)
 class Case:
     """One row of a benchmark table: the same work done by each candidate, the first of them ours.
 
-    candidates: makes them, name -> Candidate; called when the case runs, so that a case costs no memory before
+    candidates: makes them, name -> Candidate or Skip; called when the case runs, so that a case costs no memory before
     targets: other candidate -> how many times faster than it fastlayers has to be
     limit:   seconds that fastlayers may take, for a case without another candidate
-    flops, bytes: what one step computes, and what it has to read and write at least once
+    flops, bytes, tokens: what one step computes, has to read and write at least once, and trains on
     """
 
     suite: str
@@ -45,17 +83,26 @@ class Case:
     limit: float | None = None
     flops: float = 0
     bytes: float = 0
+    tokens: int = 0
     slow: bool = False  # minutes for one step: left out by --quick, timed once
+    place: Place = Place()
+    dtype: str = ""
+    setting: Setting = Setting()
 
 
 @dataclass
 class Result:
-    """What became of one candidate of one case; `problem` is why it was not timed."""
+    """What became of one candidate of one case; `problem` is why it was not timed, `skipped` why it was not tried.
+
+    peak_bytes: memory that one step takes beyond what lies there before it, or None where nobody tells
+    """
 
     candidate: str
     seconds: list = field(default_factory=list)
     deviation: float | None = None
     problem: str | None = None
+    skipped: str | None = None
+    peak_bytes: int | None = None
 
     @property
     def median(self):
@@ -74,48 +121,51 @@ def percentile(values, percent):
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def ratios(ours, other):
-    """How many times faster ours was, round by round: both were timed within the same seconds."""
-    return [theirs / mine for mine, theirs in zip(ours.seconds, other.seconds)]
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster ours was than another candidate: median, 20th and 80th percentile over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self):
+        if self.low <= 1 <= self.high:
+            return "cannot be told from noise"
+        return "faster" if self.median > 1 else "slower"
 
 
-def last_level_cache():
-    """Bytes of the largest cache of CPU 0; 32 MiB where the system does not tell."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
-
-
-class Rotation:
-    """Inputs in turn: enough copies that, with the copies between, none still lies in the last-level cache.
-
-    At most 8 copies and 1 GiB: beyond that a machine's shared cache is larger than what one process is given of it.
-    """
-
-    def __init__(self, make, bytes_each):
-        copies = math.ceil(2 * last_level_cache() / bytes_each) + 1
-        self.items = [make() for _ in range(max(1, min(copies, 8, (1 << 30) // bytes_each)))]
-        self.calls = count()
-
-    def __next__(self):
-        return self.items[next(self.calls) % len(self.items)]
+def ratio(ours, other):
+    """The Ratio round by round, since both were timed within the same seconds; None where one of them was not."""
+    if other is ours or not ours.seconds or not other.seconds:
+        return None
+    each = [theirs / mine for mine, theirs in zip(ours.seconds, other.seconds)]
+    return Ratio(*(percentile(each, percent) for percent in (50, 20, 80)))
 
 
 def run_case(case, seconds, minimum_rounds=5):
     """Check, warm up and time a case's candidates; one Result each. A candidate that fails stops no other."""
-    results, ready = [], []
+    clock, results, ready = clock_of(case.setting), [], []
     for name, candidate in case.candidates().items():
         result = Result(name)
         results.append(result)
+        if isinstance(candidate, Skip):
+            result.skipped = str(candidate)
+            continue
         try:
             if candidate.check:
                 found = candidate.check()
-                result.deviation, result.problem = found.ratio, found.problem
+                result.deviation = found.ratio
+                result.problem = found.problem if is_ours(name) or not found.ratio <= OTHERS_MAY else None
             if result.problem is None:
-                ready.append((result, candidate, 1 if case.slow else _calls_per_sample(candidate)))
+                ready.append(_Ready(result, candidate, clock, 1 if case.slow else None))
         except Exception as error:
             result.problem = one_line(error)
     _measure(ready, *((0, 1) if case.slow else (seconds, minimum_rounds)))
+    for entry in ready:
+        if entry.result.seconds and not entry.candidate.clock:
+            entry.result.peak_bytes = memory.peak_bytes(entry.candidate.step, case.setting.device)
     return results
 
 
@@ -123,31 +173,25 @@ def one_line(error):
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-SHORTEST_SAMPLE = 0.002  # seconds; below it the clock and the scheduler weigh
+class _Ready:
+    """A candidate that may be timed: warm, and with the number of calls that makes a sample long enough."""
 
+    def __init__(self, result, candidate, clock, calls):
+        self.result, self.candidate, self.clock = result, candidate, clock
+        self.calls = calls or self._warm_up()
 
-def _calls_per_sample(candidate):
-    """Warm up, and find how many calls make a sample long enough to be timed."""
-    _seconds(candidate, 1)
-    fastest = min(_seconds(candidate, 1) for _ in range(2))
-    return max(1, math.ceil(SHORTEST_SAMPLE / max(fastest, 1e-9)))
+    def sample(self, calls):
+        """Seconds per call over `calls` calls."""
+        if self.candidate.clock:
+            return sum(self.candidate.clock(self.candidate.step) for _ in range(calls)) / calls
+        return self.clock(self.candidate.step, calls)
 
-
-def _seconds(candidate, calls):
-    """Seconds per call over `calls` calls."""
-    if candidate.clock:
-        return sum(candidate.clock(candidate.step) for _ in range(calls)) / calls
-    _wait_for_gpu()
-    start = time.perf_counter()
-    for _ in range(calls):
-        candidate.step()
-    _wait_for_gpu()
-    return (time.perf_counter() - start) / calls
-
-
-def _wait_for_gpu():
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    def _warm_up(self):
+        self.sample(1)
+        fastest = self.sample(1)
+        if fastest < SLOW_CALL:
+            fastest = min(fastest, self.sample(1))
+        return max(1, math.ceil(SHORTEST_SAMPLE / max(fastest, 1e-9)))
 
 
 def _measure(ready, seconds, minimum_rounds):
@@ -162,12 +206,11 @@ def _measure(ready, seconds, minimum_rounds):
                 return
             first = number % len(ready)
             for entry in ready[first:] + ready[:first]:
-                result, candidate, calls = entry
                 try:
-                    result.seconds.append(_seconds(candidate, calls))
+                    entry.result.seconds.append(entry.sample(entry.calls))
                 except Exception as error:
-                    result.problem, result.seconds = one_line(error), []
-            ready = [entry for entry in ready if entry[0].problem is None]
+                    entry.result.problem, entry.result.seconds = one_line(error), []
+            ready = [entry for entry in ready if entry.result.problem is None]
     finally:
         if collecting:
             gc.enable()

@@ -11,7 +11,7 @@ import torch
 
 import fastlayers
 from fastlayers import backends, choices, ops
-from fastlayers.benchmarks.runner import Candidate, Case, run_case
+from fastlayers.benchmarks.runner import Candidate, Case, Setting, run_case
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LAYERS = ((16, 4096, 4096), (512, 1024, 4096), (4096, 1024, 4096), (8192, 4096, 4096))  # rows, in and out features
@@ -100,7 +100,8 @@ def measure(call, seconds):
     if names == ["reference"]:
         print("  no kernel serves it here")
         return None
-    case = Case("tune", call.name, lambda: {name: Candidate(_step(call, name, args, kwargs)) for name in names})
+    candidates = {name: Candidate(_step(call, name, args, kwargs)) for name in names}
+    case = Case("tune", call.name, lambda: candidates, setting=Setting(backends.cuda_device, cold=False))
     results = sorted(run_case(case, seconds), key=lambda result: (result.problem is not None, result.median))
     for result in results:
         print(f"  {result.candidate:<10} {result.problem or f'{1e3 * result.median:.3f} ms'}")
