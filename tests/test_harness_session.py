@@ -133,8 +133,10 @@ SUMMED_OTHERWISE = 1e-4  # of the first loss: float32 sums in another order, ten
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    + ["--mixed_precision", "no", "--dynamo_backend", "no"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
 }
 
 
