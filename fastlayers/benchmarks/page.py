@@ -273,8 +273,9 @@ float64 before it was timed (deviation: 1 is the most that fastlayers is allowed
 Inputs {inputs}. A ratio is the median
 of the ratios of the rounds, with their 20th and 80th percentiles; where these enclose 1, the case cannot be told from
 noise.</p>
-<p>The roofline is what a step would take if it only read and wrote each number once at the speed of a large copy or addition, or
-only multiplied at the speed of torch's own matrix product, whichever takes longer; both were measured on this machine
-in this run ({rates}). A cache that is faster than memory can carry a share beyond 100 %.</p>
+<p>The roofline is what a step would take if it only read and wrote each number once at the speed of a large copy or
+addition ({rows[0]["copy_gbytes_per_second"]:.1f} GB/s), or only multiplied at the speed of torch's own matrix product
+({rates}), whichever takes longer; both were measured on this machine in this run.
+A cache that is faster than memory can carry a share beyond 100 %.</p>
 <p>Memory is what one step takes beyond what lies there before it, {memory}.</p>
 <p>fastlayers is the row named {OURS}; where it stands with a name in brackets, that kernel was asked for.</p>"""
