@@ -147,7 +147,9 @@ def _close(args, rows, facts, found):
 
 
 def run_tune(args):
-    given = [f"--{name}" for name in ("out", "list", "share", "dtype", "device", "warm") if getattr(args, name)]
+    given = [
+        f"--{name}" for name in ("out", "list", "share", "dtype", "device", "warm", "threads") if getattr(args, name)
+    ]
     if given:
         return refuse(f"--tune writes {own_path()}, for the GPU and all dtypes; it takes no {' and no '.join(given)}")
     if backends.cuda_device == "cuda" and not torch.cuda.is_available():

@@ -73,6 +73,8 @@ def test_tuning_needs_a_gpu(own, capsys):
     assert "torch sees no NVIDIA GPU" in capsys.readouterr().err
     assert cli.main(["bench", "--tune", "--list"]) == 2
     assert "it takes no --list" in capsys.readouterr().err and not own.exists()
+    assert cli.main(["bench", "--tune", "--threads", "1"]) == 2
+    assert "it takes no --threads" in capsys.readouterr().err and not own.exists()
 
 
 def test_the_grid_covers_every_dtype_pass_and_op():

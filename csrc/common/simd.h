@@ -91,7 +91,7 @@ FL_INLINE Vec copysign(Vec magnitude, Vec sign) {
 FL_INLINE Vec round(Vec a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// a * 2^n for integral n; overflows to inf and underflows through the denormals to 0.
+
 FL_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 FL_INLINE Mask operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 FL_INLINE Mask operator>(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
@@ -99,8 +99,8 @@ FL_INLINE Mask operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _C
 FL_INLINE Mask operator==(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 FL_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no.v, yes.v); }
 
-// a 2^n of a near 1 and a whole n or NaN; 0 where it would be subnormal or less: some CPUs take a
-// hundred cycles to make a subnormal number or to lose one.
+// a 2^n of a near 1 and a whole n or NaN; overflows to inf; 0 where it would be subnormal or less:
+// some CPUs take a hundred cycles to make a subnormal number or to lose one.
 FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, a.v, n.v);
@@ -206,9 +206,8 @@ FL_INLINE Vec copysign(Vec magnitude, Vec sign) {
 FL_INLINE Vec round(Vec a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// a * 2^n for integral n; overflows to inf and underflows through the denormals to 0.
-// In two steps of half the exponent each, so that neither factor leaves the normal range.
-FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {  // as above
+// As above; in two steps of half the exponent each, so that neither factor leaves the normal range.
+FL_INLINE Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_NLT_UQ);
   const __m256i whole = _mm256_cvtps_epi32(min(max(n, Vec(-125.0f)), Vec(252.0f)).v);
   const __m256i half = _mm256_srai_epi32(whole, 1);

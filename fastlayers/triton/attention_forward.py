@@ -6,7 +6,6 @@ import triton.language as tl
 from fastlayers.triton.arithmetic import dot, narrow
 from fastlayers.triton.attention_rules import (
     LN2,
-    described,
     dropout_keep,
     edge_block,
     exponential,
@@ -18,6 +17,7 @@ from fastlayers.triton.attention_rules import (
     split_keys,
     store_rows,
 )
+from fastlayers.triton.products import described
 
 
 @triton.jit
@@ -219,8 +219,8 @@ def forward_kernel(
     else:
         whole = key, value
         if DESCRIPTORS:
-            whole_key = described(key, seqlen_k, stride_ks, HEAD_DIM, BLOCK_N, BLOCK_D)
-            whole = whole_key, described(value, seqlen_k, stride_vs, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+            whole_key = described(key, seqlen_k, HEAD_DIM, stride_ks, 1, BLOCK_N, BLOCK_D, True)
+            whole = whole_key, described(value, seqlen_k, HEAD_DIM_V, stride_vs, 1, BLOCK_N, BLOCK_DV, True)
         for start in range(full_begin, full_end, BLOCK_N):
             operands = start, rows, column, stride_qs, stride_ks, stride_vs, rng, threshold, bh
             total, top, mass = _attend_block(

@@ -56,12 +56,6 @@ def load_rows(
 
 
 @triton.jit
-def described(rows_at, count, stride, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tensor descriptor of a head, through which the TMA unit reads (ROWS, COLUMNS) at a time."""
-    return tl.make_tensor_descriptor(rows_at, [count, DIM], [stride, 1], [ROWS, COLUMNS])
-
-
-@triton.jit
 def store_rows(rows_at, x, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
     """Narrowed x to where load_rows reads."""
     columns = first_column + tl.arange(0, COLUMNS)

@@ -74,12 +74,12 @@ def candidates(arch, itemsize, weights, shared, loads=SPECIALISED):
     """The tiles for a GPU, the largest first. Those with descriptors come last: they are taken only where measured.
 
     weights: products at once; shared: bytes that a block may have
-    loads: POINTERS, or DESCRIPTORS where these can read the operands, or SPECIALISED where it is one product, too: of
-        others, Triton's compiler makes no specialised warps, or fails
+    loads: POINTERS, or DESCRIPTORS where these can read the operands, or SPECIALISED where it is one product, too: on
+        some kernels with more of them, Triton's compiler fails
     """
     nearest = max((known for known in TILES if known <= arch), default=min(TILES))
     tiles = [tile if weights == 1 else tile.half() for tile in TILES[nearest][itemsize]]
-    if weights > 1 or arch not in TILES:  # not tried
+    if weights > 1 or arch not in TILES:  # GPUs beside the table's have not been compiled for
         loads = min(loads, DESCRIPTORS)
     tiles = [tile for tile in tiles if tile.descriptors + tile.specialised <= loads]
     return [tile for tile in tiles if tile.shared(itemsize, weights) <= shared]
