@@ -31,7 +31,8 @@ _AVX512 = (
     f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     " -Wno-uninitialized -Wno-maybe-uninitialized"
 )
-ISA_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+_BF16 = f"{_AVX512} -mavx512bf16"
+ISA_FLAGS = {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _BF16, "amx": f"{_BF16} -mamx-tile -mamx-bf16"}
 
 
 class BuildError(SystemExit):
@@ -95,7 +96,7 @@ def compiler():
         raise BuildError(
             f"no C++ compiler ({command[0]}) was found; install g++ 11 or newer (apt install g++) or set CXX."
         )
-    flags = ["-std=c++20", *(ISA_FLAGS["avx512_bf16"].split() if is_x86() else [])]
+    flags = ["-std=c++20", *(ISA_FLAGS["amx"].split() if is_x86() else [])]
     probe = subprocess.run(
         [*command, *flags, "-x", "c++", "-fsyntax-only", "-"],
         input="#include <concepts>\n",
@@ -104,7 +105,7 @@ def compiler():
     )
     if probe.returncode:
         raise BuildError(
-            f"{shlex.join(command)} does not compile C++20 for AVX-512; install g++ 11 or newer or set CXX."
+            f"{shlex.join(command)} does not compile C++20 for AVX-512 and AMX; install g++ 11 or newer or set CXX."
         )
     version = subprocess.run([*command, "--version"], text=True, capture_output=True).stdout.splitlines()[0]
     return command, version

@@ -23,7 +23,7 @@ error = _load()
 """None where torch.ops.fastlayers is available, else one sentence that says why not."""
 
 cpu_isa = "none" if error else torch.ops.fastlayers.cpu_isa()
-"""The instruction set the CPU kernels run with: none, avx2, avx512 or avx512_bf16."""
+"""The instruction set the CPU kernels run with: none, avx2, avx512, avx512_bf16 or amx."""
 
 
 def build_info():

@@ -501,10 +501,10 @@ def test_threads(threads, backend):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS["attention"], reason="the cpu backend is not under test")
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_lower_instruction_sets(isa):
     """The same tests in a process that may use no more than this instruction set."""
-    offered = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
+    offered = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4}
     from fastlayers import _native
 
     if offered.get(_native.cpu_isa, 0) <= offered[isa]:

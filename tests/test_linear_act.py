@@ -190,6 +190,24 @@ def test_nan_reaches_its_row_and_no_other(op, backend, dtype):
 
 
 @cases
+@dtypes
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), None])
+def test_what_is_not_finite_stays_in_its_rows(op, backend, dtype, value):
+    """Infinities, and products of the largest numbers (None), are as in torch, and other rows the same to the bit."""
+    tensors, _ = make(op, (50,), 60, 70, dtype)
+    clean = getattr(ops, op)(*tensors, activation="identity", backend=backend)
+    for row in (0, 7, 8, 49):
+        tensors[0][row, 11] = torch.finfo(dtype).max if value is None else value
+    out = getattr(ops, op)(*tensors, activation="identity", backend=backend)
+    exact = getattr(reference, op)(*[t.double() for t in tensors], activation="identity").to(dtype)
+    beyond = exact.isinf()
+    assert beyond.any() or (value is None and op == "linear_act")
+    assert torch.equal(out[beyond], exact[beyond]) and not out.isnan().any()
+    others = [row for row in range(50) if row not in (0, 7, 8, 49)]
+    assert torch.equal(out[others], clean[others])
+
+
+@cases
 def test_arguments_are_left_alone(op, backend):
     tensors, grad = make(op, (20,), 30, 40, torch.float32)
     before = [t.clone() for t in [*tensors, grad]]
@@ -231,7 +249,7 @@ def test_any_call(op, backend, data):
     check(op, tensors, grad, activation, needed, save=save, backend=backend)
 
 
-BELOW = {"avx2": "none", "avx512": "avx2", "avx512_bf16": "avx512"}
+BELOW = {"avx2": "none", "avx512": "avx2", "avx512_bf16": "avx512", "amx": "avx512_bf16"}
 
 
 @pytest.mark.skipif(_native.cpu_isa == "none", reason="the CPU kernels do not run here")

@@ -271,7 +271,7 @@ def run_python(code, **environment):
 def test_lower_instruction_sets(isa):
     from fastlayers import _native
 
-    if ["none", "avx2", "avx512", "avx512_bf16"].index(_native.cpu_isa) < ["none", "avx2", "avx512"].index(isa):
+    if ["none", "avx2", "avx512", "avx512_bf16", "amx"].index(_native.cpu_isa) < ["none", "avx2", "avx512"].index(isa):
         pytest.skip(f"this CPU has no {isa}")
     total = float(run_python(IN_ANOTHER_PROCESS.format(isa=isa), FASTLAYERS_CPU_ISA=isa))
     params = model(torch.bfloat16)

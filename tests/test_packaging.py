@@ -239,7 +239,7 @@ def compiled(native, project, capfd):
     return {line.rpartition("/")[2] for line in lines}
 
 
-KERNELS = {"cpu_kernel.avx2.o", "cpu_kernel.avx512.o", "cpu_kernel.avx512_bf16.o"}
+KERNELS = {"cpu_kernel.avx2.o", "cpu_kernel.avx512.o", "cpu_kernel.avx512_bf16.o", "cpu_kernel.amx.o"}
 LIBRARY = {"libfastlayers.so"}
 
 
@@ -280,7 +280,7 @@ class TestRebuilds:
         info = json.loads((project / "fastlayers/lib/build_info.json").read_text())
         assert info["cuda_archs"] == [] and info["nvcc"] is None
         assert info["stable_abi_floor"] == "2.10"
-        assert info["cpu_isas"] == ["avx2", "avx512", "avx512_bf16"]
+        assert info["cpu_isas"] == ["avx2", "avx512", "avx512_bf16", "amx"]
 
     def test_cuda_sources(self, native, project, capfd, monkeypatch):
         monkeypatch.delenv("FASTLAYERS_BUILD_CUDA")

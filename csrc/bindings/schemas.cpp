@@ -3,7 +3,7 @@
 #include "bindings/namespace.h"
 
 FL_TORCH_LIBRARY(m) {
-  // The instruction set the CPU kernels run with: none, avx2, avx512 or avx512_bf16.
+  // The instruction set the CPU kernels run with: none, avx2, avx512, avx512_bf16 or amx.
   m.def("cpu_isa() -> str");
 
   // One step of Adam, in place, on lists of one entry per parameter (max_exp_avg_sqs,

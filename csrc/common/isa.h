@@ -1,5 +1,5 @@
-// CPU kernels exist once per instruction set, in namespaces fl::avx2, fl::avx512 and
-// fl::avx512_bf16.
+// CPU kernels exist once per instruction set, in namespaces fl::avx2, fl::avx512,
+// fl::avx512_bf16 and fl::amx.
 //
 //   FL_DECLARE_CPU_KERNEL(void, adam_step, const AdamStep&)      in <op>/kernels.h
 //   namespace fl::FL_ISA { void adam_step(const AdamStep& p) {...} }   in <op>/cpu_*.cpp
@@ -10,10 +10,10 @@
 
 namespace fl {
 
-enum class Isa : int { kNone, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa : int { kNone, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The best instruction set this CPU and operating system offer, or the lower one named by the
-// environment variable FASTLAYERS_CPU_ISA (avx2, avx512, avx512_bf16, none), read once.
+// environment variable FASTLAYERS_CPU_ISA (none, avx2, avx512, avx512_bf16, amx), read once.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 
@@ -28,6 +28,9 @@ const char* isa_name(Isa isa);
   }                                              \
   namespace fl::avx512_bf16 {                    \
   Result name(__VA_ARGS__);                      \
+  }                                              \
+  namespace fl::amx {                            \
+  Result name(__VA_ARGS__);                      \
   }
 
 #if defined(__x86_64__)
@@ -40,6 +43,8 @@ const char* isa_name(Isa isa);
         return ::fl::avx512::name(__VA_ARGS__);                                     \
       case ::fl::Isa::kAvx512Bf16:                                                  \
         return ::fl::avx512_bf16::name(__VA_ARGS__);                                \
+      case ::fl::Isa::kAmx:                                                         \
+        return ::fl::amx::name(__VA_ARGS__);                                        \
       case ::fl::Isa::kNone:                                                        \
         break;                                                                      \
     }                                                                               \

@@ -9,22 +9,37 @@
 //
 // Sums run over at most kChunkSteps steps before they are added up, which also keeps the rounding
 // error of long sums small. The order of summation does not depend on the number of threads.
+#include <atomic>
+#include <vector>
+
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "linear_act/gemm_store.h"
+#if defined(__AMX_BF16__)
+#include "linear_act/gemm_amx.h"
+#else
 #include "linear_act/gemm_tile.h"
+#endif
 #include "linear_act/kernels.h"
 
 namespace fl::FL_ISA {
 namespace {
 
-// Chosen on Zen 5 (48 KB L1d, 1 MB L2 per core).
-constexpr int64_t kChunkSteps = 192;
-constexpr int64_t kBlockM = 96;
 constexpr int64_t kBlockN = 16 * kTileN;
 
 FL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Whether every sum of a tile's rows [begin, end) is finite.
+bool all_finite(const float* sums, int64_t stride, int begin, int end) {
+  Vec zeros(0.0f);  // 0 times each sum: NaN where one is not
+  for (int r = begin; r < end; ++r) {
+    for (int c = 0; c < kTileN; c += kLanes) {
+      zeros = fma(load(sums + r * stride + c), Vec(0.0f), zeros);
+    }
+  }
+  return reduce_add(zeros) == 0.0f;
+}
 
 // A stretch of k of one of the products.
 struct Chunk {
@@ -35,8 +50,9 @@ struct Chunk {
 template <class T>
 class Gemm {
   using Step = typename PanelOf<T>::Step;
-  static constexpr int kDepth = PanelOf<T>::kDepth;
-  static constexpr int64_t kChunkDepth = kChunkSteps * kDepth;
+  static constexpr int64_t kGroup = PanelOf<T>::kGroup;
+  static constexpr int64_t kGroupDepth = PanelOf<T>::kDepth * kGroup;
+  static constexpr int64_t kChunkDepth = kChunkSteps * PanelOf<T>::kDepth;
 
  public:
   explicit Gemm(const LinearActGemm& g)
@@ -66,6 +82,9 @@ class Gemm {
       compute_block(task, scratch.as<Step>(at), scratch.as<float>(at + a_bytes));
     };
     parallel_tasks(blocks, block);
+    if constexpr (PanelOf<T>::kSplits) {
+      if (any_to_redo_) redo_rows();
+    }
   }
 
  private:
@@ -76,7 +95,7 @@ class Gemm {
     const int product = index < chunks0_ ? 0 : 1;
     const int64_t k = (index - product * chunks0_) * kChunkDepth;
     const int64_t depth = min64(kChunkDepth, g_.k[product] - k);
-    return {product, k, depth, ceil_div(depth, kDepth)};
+    return {product, k, depth, ceil_div(depth, kGroupDepth) * kGroup};
   }
 
   // Blocks of at most kBlockM x kBlockN, cut further until every thread has some.
@@ -120,19 +139,20 @@ class Gemm {
         const int64_t row = panel * kTileN, rows = min64(kTileN, g_.n - row);
         for (int which = 0; which < pair_; ++which) {
           const GemmFactor& b = g_.b[pair_ == 2 ? which : k.product];
-          pack_panels<kTileN, T>(b, row, rows, k.k, k.depth, packed_b(c, panel, which));
+          fl::FL_ISA::pack_b<T>(b, row, rows, k.k, k.depth, packed_b(c, panel, which));
         }
       }
     };
     parallel_ranges(chunks_ * panels_n_, 4, pack);
   }
 
-  void compute_block(int64_t task, Step* packed_a, float* sums) const {
+  void compute_block(int64_t task, Step* packed_a, float* sums) {
+    [[maybe_unused]] const ProductUnit unit;
     const int64_t row = task / blocks_n_ * rows_, col = task % blocks_n_ * cols_;
     const int64_t rows = min64(rows_, g_.m - row), cols = min64(cols_, g_.n - col);
     for (int64_t c = 0; c < chunks_; ++c) {
       const Chunk k = chunk(c);
-      pack_panels<kTileM, T>(g_.a[k.product], row, rows, k.k, k.depth, packed_a);
+      pack_a<T>(g_.a[k.product], row, rows, k.k, k.depth, packed_a);
       for (int64_t j = 0; j < cols; j += kTileN) {
         const Step* b = packed_b(c, (col + j) / kTileN, 0);
         for (int64_t i = 0; i < rows; i += kTileM) {
@@ -149,13 +169,40 @@ class Gemm {
     }
   }
 
-  void compute_tile(int64_t steps, const Step* a, const Step* b, const SumTile& t,
-                    int64_t c) const {
+  void compute_tile(int64_t steps, const Step* a, const Step* b, const SumTile& t, int64_t c) {
     for (int which = 0; which < pair_; ++which) {
       float* sums = const_cast<float*>(t.sums[which]);
       multiply_tile(steps, a, b + which * steps * kTileN, sums, t.stride, c > 0);
     }
-    if (c + 1 == chunks_) store_tile_(g_, t);
+    if (c + 1 < chunks_) return;
+    for (int which = 0; which < pair_ && PanelOf<T>::kSplits; ++which) {
+      if (!all_finite(t.sums[which], t.stride, 0, kTileM)) mark_rows(t, which);
+    }
+    store_tile_(g_, t);
+  }
+
+  void mark_rows(const SumTile& t, int which) {
+    for (int r = 0; r < t.rows; ++r) {
+      if (all_finite(t.sums[which], t.stride, r, r + 1)) continue;
+      std::atomic_ref(to_redo_[t.row + r]).store(1, std::memory_order_relaxed);
+      any_to_redo_.store(true, std::memory_order_relaxed);
+    }
+  }
+
+  // Rows with sums that are not finite, multiplied without parts, a run of neighbours at a time.
+  void redo_rows() const {
+    for (int64_t begin = 0, end; begin < g_.m; begin = end + 1) {
+      for (; begin < g_.m && !to_redo_[begin];) ++begin;
+      for (end = begin; end < g_.m && to_redo_[end];) ++end;
+      LinearActGemm rows = g_;
+      rows.m = end - begin;
+      for (GemmFactor& a : rows.a) {
+        a.data = static_cast<const T*>(a.data) + begin * (a.k_dense ? a.stride : 1);
+      }
+      for (void*& z : rows.preactivation) z = z ? static_cast<T*>(z) + begin * g_.n : nullptr;
+      rows.out = static_cast<T*>(g_.out) + begin * g_.n;
+      avx512_bf16::linear_act_gemm(rows);
+    }
   }
 
   const LinearActGemm& g_;
@@ -167,6 +214,8 @@ class Gemm {
   int64_t blocks_m_, blocks_n_;  // how many
   int64_t rows_, cols_;          // of a block
   Step* packed_b_ = nullptr;
+  std::vector<char> to_redo_ = std::vector<char>(PanelOf<T>::kSplits ? g_.m : 0);
+  std::atomic<bool> any_to_redo_ = false;
 };
 
 }  // namespace

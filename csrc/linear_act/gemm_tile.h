@@ -12,6 +12,24 @@ constexpr int kTileVecs = 3;
 constexpr int kTileM = kLanes == 16 ? 8 : 4;
 constexpr int kTileN = kTileVecs * kLanes;
 
+// Chosen on Zen 5 (48 KB L1d, 1 MB L2 per core).
+constexpr int64_t kChunkSteps = 192;
+constexpr int64_t kBlockM = 96;
+
+// What a thread holds while it multiplies: nothing here, tile registers with AMX.
+struct ProductUnit {};
+
+template <class T>
+void pack_a(const GemmFactor& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
+            typename PanelOf<T>::Step* panels) {
+  pack_panels<kTileM, T>(a, row, rows, k, depth, panels);
+}
+template <class T>
+void pack_b(const GemmFactor& b, int64_t row, int64_t rows, int64_t k, int64_t depth,
+            typename PanelOf<T>::Step* panels) {
+  pack_panels<kTileN, T>(b, row, rows, k, depth, panels);
+}
+
 FL_INLINE Vec multiply_add(float a, Vec b, Vec sum) { return fma(Vec(a), b, sum); }
 FL_INLINE Vec load_panel(const float* p) { return load(p); }
 #if defined(__AVX512BF16__)
