@@ -191,6 +191,7 @@ void backward(const AttentionBackward& p, const RowSums& sums) {
   const Scratch parts(plan.splits == 1 ? 0 : plan.splits * dq_size * 4);
   const Scratch sink_parts(f.batch * f.heads_q * 4);
   auto differentiate = [&](int64_t task, int worker) {
+    [[maybe_unused]] const TileRegisters registers;
     Arena arena{memory.as<char>(worker * worker_bytes)};
     BackwardWorker<T>(p, plan, sums, arena).run(task, parts.as<float>(), sink_parts.as<float>());
   };

@@ -345,7 +345,10 @@ void forward(const AttentionForward& p) {
     Arena arena{memory.as<char>(worker * worker_bytes)};
     return ForwardWorker<T>(p, plan, arena);
   };
-  auto attend = [&](int64_t task, int worker) { worker_at(worker).run(task, partials.as<char>()); };
+  auto attend = [&](int64_t task, int worker) {
+    [[maybe_unused]] const TileRegisters registers;
+    worker_at(worker).run(task, partials.as<char>());
+  };
   parallel_tasks(plan.tasks, attend);
   if (plan.splits == 1) return;
   auto reduce = [&](int64_t chunk_task, int worker) {

@@ -221,7 +221,7 @@ class GradientTile {
     return needed_columns(queries.rows + r0, rows_of(queries, r0), j0);
   }
   static int rows_of(const QueryChunk<T>& queries, int64_t r0) {
-    return static_cast<int>(least(kGradientTileM, round_up(queries.count - r0, kRows)));
+    return static_cast<int>(least(kGradientTileM, round_up(queries.count - r0, Dot::kPairedRows)));
   }
 
   // s and dp: dot products of rows [r0, ...) with the columns, s as scores.

@@ -131,6 +131,7 @@ void mask_gradient(const AttentionBackward& p, const RowSums& sums) {
   const int64_t worker_bytes = round_up(sizes.used, 4096) + 64;
   const Scratch memory(worker_bytes * num_threads());
   auto differentiate = [&](int64_t task, int worker) {
+    [[maybe_unused]] const TileRegisters registers;
     Arena arena{memory.as<char>(worker * worker_bytes)};
     MaskGradientWorker<T>(p, plan, sums, arena).run(task);
   };

@@ -66,6 +66,7 @@ void find_row_sums(const AttentionBackward& p, const RowSums& out) {
   const Scratch memory(worker_bytes * num_threads());
   const int64_t chunks = (f.seqlen_q + kChunk - 1) / kChunk;
   auto find = [&](int64_t task, int worker) {
+    [[maybe_unused]] const TileRegisters registers;
     Arena arena{memory.as<char>(worker * worker_bytes)};
     const int64_t bh = task / chunks, first = task % chunks * kChunk;
     RowSumsWorker<T>(p, arena).run(bh / f.heads_q, bh % f.heads_q, first, out);

@@ -1,82 +1,17 @@
-// Building blocks of the CPU attention kernels: packed operands and a register-tiled matrix
-// product. Only for cpu_*.cpp.
-//
-// Operands are arrays of 32-bit units: a unit is one float32, or two bfloat16 that are neighbours
-// along the depth of the product, for processors that multiply such pairs (AVX512-BF16). Both kinds
-// have the same layouts, and the product loops do not tell them apart.
+// Building blocks of the CPU attention kernels: packing, and a register-tiled matrix product. Only
+// for cpu_*.cpp.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "attention/cpu_tile_amx.h"
+#else
+#include "attention/cpu_operands.h"
+#endif
 #include "attention/params.h"
-#include "common/simd.h"
+#include "common/amx.h"
 #include "common/transpose.h"
 
 namespace fl::FL_ISA {
-
-constexpr int kPanel = 2 * kLanes;  // columns of a packed panel
-#if defined(__AVX512F__)
-constexpr int kRows =
-    8;  // rows of the micro-kernel: 8 x 2 accumulators reach the FMA peak on Zen 5
-#else
-constexpr int kRows = 4;  // 4 x 2 accumulators fit AVX2's 16 registers
-#endif
-
-FL_INLINE int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-FL_INLINE int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
-FL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Carves 64-byte aligned arrays out of one allocation. With a null base it only counts bytes.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <class T>
-  FL_INLINE T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return taken;
-  }
-};
-
-// c + a . b per lane, for one unit of depth.
-struct FloatDot {
-  static constexpr int kPair = 1;  // depth elements per unit
-  static FL_INLINE Vec step(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-};
-#if defined(__AVX512BF16__)
-struct PairDot {
-  static constexpr int kPair = 2;
-  static FL_INLINE Vec step(Vec a, Vec b, Vec c) {
-    return _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v));
-  }
-};
-#endif
-
-template <class T>
-struct DotFor {
-  using type = FloatDot;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct DotFor<BFloat16> {
-  using type = PairDot;
-};
-#endif
-
-// Element (row r, depth k), in units, at data[r * row + k * depth].
-struct OperandA {
-  const float* data;
-  int64_t row, depth;
-};
-// Columns n of panel n / kPanel, depth k, at data[n / kPanel * panel + k * depth + n % kPanel].
-struct OperandB {
-  const float* data;
-  int64_t panel, depth;
-};
-
-enum class Update { kSet, kAdd, kDecayAndAdd };
 
 // c (kRows x kVecs registers) = [decay[r] * c +] a . b
 template <class Dot, Update kUpdate, int kVecs>
@@ -139,6 +74,11 @@ void product_part(int64_t rows, int64_t vecs, int64_t depth, OperandA a, Operand
 template <class Dot, Update kUpdate>
 void product(int64_t rows, int64_t vecs, int64_t depth, OperandA a, OperandB b, float* c,
              int64_t ldc, const float* decay = nullptr) {
+#if defined(__AMX_BF16__)
+  if constexpr (Dot::kPair == 2) {
+    return tile_product<kUpdate>(rows, vecs, depth, a, b, c, ldc, decay);
+  }
+#endif
   constexpr int64_t kPart = 16;
   product_part<Dot, kUpdate>(rows, vecs, least(depth, kPart), a, b, c, ldc, decay);
   for (int64_t k = kPart; k < depth; k += kPart) {
@@ -156,8 +96,9 @@ struct Layout {
   FL_INLINE int64_t padded() const { return round_up(dim, Dot::kPair * kLanes); }
   FL_INLINE int64_t row_units() const { return padded() / Dot::kPair; }  // of row-major rows
   FL_INLINE int64_t depth_units() const { return (dim + Dot::kPair - 1) / Dot::kPair; }
+  FL_INLINE int64_t padded_depth() const { return round_up(depth_units(), Dot::kDepthUnits); }
   FL_INLINE int64_t vecs() const { return (dim + kLanes - 1) / kLanes; }
-  FL_INLINE int64_t panel_stride() const { return round_up(depth_units(), 4) * kPanel; }
+  FL_INLINE int64_t panel_stride() const { return padded_depth() * kPanel; }
   FL_INLINE OperandA as_a(const float* rows) const { return {rows, row_units(), 1}; }
   FL_INLINE OperandB as_columns(const float* columns) const { return {columns, kPanel, padded()}; }
   FL_INLINE OperandB as_transposed(const float* panels) const {
@@ -239,7 +180,7 @@ template <class Dot>
 void pack_transposed(Layout<Dot> layout, const float* src, int64_t rows, float* dst) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     float* panel = dst + r / kPanel * layout.panel_stride() + r % kPanel;
-    for (int64_t u = 0; u < layout.depth_units(); u += 4) {
+    for (int64_t u = 0; u < layout.padded_depth(); u += 4) {
       transpose_strip(src + r * layout.row_units() + u, layout.row_units(), panel + u * kPanel,
                       kPanel);
     }

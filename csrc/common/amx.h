@@ -18,12 +18,10 @@
 // the depth, side by side for 16 columns.
 #pragma once
 
-#if defined(__AMX_BF16__)
-
-#include <cstring>
-
 #include "common/simd.h"
 #include "common/transpose.h"
+
+#if defined(__AMX_BF16__)
 
 namespace fl::FL_ISA {
 
@@ -76,6 +74,14 @@ FL_INLINE void transpose_tile(const float* tile, float* to) {
     transpose_strip(tile + u, kTileLines, to + u * kTileLines, kTileLines);
   }
 }
+
+}  // namespace fl::FL_ISA
+
+#else
+
+namespace fl::FL_ISA {
+
+struct TileRegisters {};  // for code that is compiled with AMX and without
 
 }  // namespace fl::FL_ISA
 

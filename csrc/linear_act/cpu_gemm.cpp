@@ -12,6 +12,7 @@
 #include <atomic>
 #include <vector>
 
+#include "common/amx.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "linear_act/gemm_store.h"
@@ -147,7 +148,7 @@ class Gemm {
   }
 
   void compute_block(int64_t task, Step* packed_a, float* sums) {
-    [[maybe_unused]] const ProductUnit unit;
+    [[maybe_unused]] const TileRegisters registers;
     const int64_t row = task / blocks_n_ * rows_, col = task % blocks_n_ * cols_;
     const int64_t rows = min64(rows_, g_.m - row), cols = min64(cols_, g_.n - col);
     for (int64_t c = 0; c < chunks_; ++c) {

@@ -31,8 +31,6 @@ struct PanelOf {
   static constexpr bool kSplits = kParts<T> > 1;
 };
 
-using ProductUnit = TileRegisters;
-
 // A stretch of a factor as panels: `rows` from `row`, `depth` from `k`. Lines of a tile hold what
 // is dense in memory; where the multiplication wants it otherwise, the tile is transposed. Missing
 // rows and depth are 0.

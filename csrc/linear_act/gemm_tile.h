@@ -16,9 +16,6 @@ constexpr int kTileN = kTileVecs * kLanes;
 constexpr int64_t kChunkSteps = 192;
 constexpr int64_t kBlockM = 96;
 
-// What a thread holds while it multiplies: nothing here, tile registers with AMX.
-struct ProductUnit {};
-
 template <class T>
 void pack_a(const GemmFactor& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
             typename PanelOf<T>::Step* panels) {

@@ -1,0 +1,75 @@
+// The product of packed bfloat16 pairs where the CPU has AMX. The layouts are those of cpu_tile.h:
+// 16 units of depth of 16 rows, or of 16 columns, are a tile as they lie there. Only for cpu_*.cpp.
+#pragma once
+
+#include "attention/cpu_operands.h"
+#include "common/amx.h"
+
+namespace fl::FL_ISA {
+
+constexpr int kMaxTurned = 32;  // units of depth: the queries of a tile of the backward, in pairs
+
+// Where A lies column by column, 16 rows of it turned round; else A as it is.
+FL_INLINE OperandA tile_rows(OperandA a, int64_t depth, float* turned) {
+  if (a.depth == 1) return a;
+  for (int64_t k = 0; k < depth; k += kTileLines) {
+    for (int64_t u = 0; u < kTileLines; u += 4) {
+      transpose_strip(a.data + k * a.depth + u, a.depth, turned + u * depth + k, depth);
+    }
+  }
+  return {turned, depth, 1};
+}
+
+// c (16 x 16 or, kWide, 16 x 32) = [c +] a . b
+template <bool kAdd, bool kWide>
+FL_INLINE void tile_micro_product(int64_t depth, OperandA a, OperandB b, float* c, int64_t ldc) {
+  const int64_t c_bytes = ldc * 4, a_bytes = a.row * 4, b_bytes = b.depth * 4;
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kWide) _tile_loadd(1, c + kLanes, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kWide) _tile_zero(1);
+  }
+  for (int64_t k = 0; k < depth; k += kTileLines) {
+    const float* b_tile = b.data + k * b.depth;
+    _tile_loadd(4, a.data + k, a_bytes);
+    _tile_loadd(6, b_tile, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kWide) {
+      _tile_loadd(7, b_tile + kLanes, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kWide) _tile_stored(1, c + kLanes, c_bytes);
+}
+
+// As product() in cpu_tile.h. Rows are written in sixteens: those past `rows` get what they like.
+template <Update kUpdate>
+__attribute__((noinline)) void tile_product(int64_t rows, int64_t vecs, int64_t depth, OperandA a,
+                                            OperandB b, float* c, int64_t ldc, const float* decay) {
+  alignas(64) float turned[kTileLines * kMaxTurned];
+  for (int64_t r = 0; r < rows; r += kTileLines, c += kTileLines * ldc) {
+    if constexpr (kUpdate == Update::kDecayAndAdd) {
+      for (int64_t i = 0; i < kTileLines; ++i) {
+        for (int64_t v = 0; v < vecs * kLanes; v += kLanes) {
+          store(c + i * ldc + v, load(c + i * ldc + v) * Vec(decay[r + i]));
+        }
+      }
+    }
+    const OperandA part = tile_rows({a.data + r * a.row, a.row, a.depth}, depth, turned);
+    asm volatile("" ::: "memory");  // tile instructions read what was stored above
+    for (int64_t v = 0; v < vecs; v += 2) {
+      const OperandB panel{b.data + v / 2 * b.panel, b.panel, b.depth};
+      constexpr bool kAdd = kUpdate != Update::kSet;
+      if (v + 1 < vecs) {
+        tile_micro_product<kAdd, true>(depth, part, panel, c + v * kLanes, ldc);
+      } else {
+        tile_micro_product<kAdd, false>(depth, part, panel, c + v * kLanes, ldc);
+      }
+    }
+  }
+}
+
+}  // namespace fl::FL_ISA
