@@ -52,6 +52,7 @@ template <class T>
 class Gemm {
   using Step = typename PanelOf<T>::Step;
   static constexpr int64_t kGroup = PanelOf<T>::kGroup;
+  static constexpr int64_t kChunkSteps = PanelOf<T>::kChunkSteps;
   static constexpr int64_t kGroupDepth = PanelOf<T>::kDepth * kGroup;
   static constexpr int64_t kChunkDepth = kChunkSteps * PanelOf<T>::kDepth;
 

@@ -19,8 +19,9 @@ template <class T>
 struct PanelOf {
   using Step = float;
   static constexpr int kDepth = 1;
-  static constexpr int kGroup = 1;        // panels have whole groups of steps
-  static constexpr bool kSplits = false;  // whether T is multiplied in parts, see common/amx.h
+  static constexpr int kGroup = 1;             // panels have whole groups of steps
+  static constexpr int64_t kChunkSteps = 192;  // summed up in one go; chosen as the blocks
+  static constexpr bool kSplits = false;       // whether T is multiplied in parts, see common/amx.h
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -28,6 +29,7 @@ struct PanelOf<BFloat16> {
   using Step = BFloat16Pair;
   static constexpr int kDepth = 2;
   static constexpr int kGroup = 1;
+  static constexpr int64_t kChunkSteps = 192;
   static constexpr bool kSplits = false;
 };
 #endif

@@ -13,7 +13,6 @@ constexpr int kTileM = kLanes == 16 ? 8 : 4;
 constexpr int kTileN = kTileVecs * kLanes;
 
 // Chosen on Zen 5 (48 KB L1d, 1 MB L2 per core).
-constexpr int64_t kChunkSteps = 192;
 constexpr int64_t kBlockM = 96;
 
 template <class T>
