@@ -14,8 +14,9 @@
 // with the instructions for float32. Parts below 2^-126 count as 0.
 //
 // In memory a tile is 16 lines of 16 pairs of bfloat16. As the left factor its lines are rows of a
-// matrix, and a pair is two neighbours along the depth; as the right factor its lines are pairs of
-// the depth, side by side for 16 columns.
+// matrix, and a pair is two elements along the depth; as the right factor its lines are pairs of
+// the depth, side by side for 16 columns. Which elements make a pair, neighbours or others, is free
+// as long as both factors have the same.
 #pragma once
 
 #include "common/simd.h"

@@ -9,9 +9,6 @@
 //
 // Sums run over at most kChunkSteps steps before they are added up, which also keeps the rounding
 // error of long sums small. The order of summation does not depend on the number of threads.
-#include <atomic>
-#include <vector>
-
 #include "common/amx.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -73,6 +70,10 @@ class Gemm {
     const Scratch packed_b(pair_ * panels_n_ * kTileN * steps * sizeof(Step));
     packed_b_ = packed_b.as<Step>();
     pack_b();
+    const int64_t flags = PanelOf<T>::kSplits ? g_.m : 0;
+    const Scratch to_redo(flags);
+    to_redo_ = to_redo.as<bool>();
+    for (int64_t r = 0; r < flags; ++r) to_redo_[r] = false;
 
     const int64_t a_bytes = rows_ * kChunkSteps * sizeof(Step);
     const int64_t sums_bytes = pair_ * sums_rows() * sums_stride() * sizeof(float);
@@ -186,8 +187,8 @@ class Gemm {
   void mark_rows(const SumTile& t, int which) {
     for (int r = 0; r < t.rows; ++r) {
       if (all_finite(t.sums[which], t.stride, r, r + 1)) continue;
-      std::atomic_ref(to_redo_[t.row + r]).store(1, std::memory_order_relaxed);
-      any_to_redo_.store(true, std::memory_order_relaxed);
+      __atomic_store_n(to_redo_ + t.row + r, true, __ATOMIC_RELAXED);  // beside other tiles
+      __atomic_store_n(&any_to_redo_, true, __ATOMIC_RELAXED);
     }
   }
 
@@ -216,8 +217,8 @@ class Gemm {
   int64_t blocks_m_, blocks_n_;  // how many
   int64_t rows_, cols_;          // of a block
   Step* packed_b_ = nullptr;
-  std::vector<char> to_redo_ = std::vector<char>(PanelOf<T>::kSplits ? g_.m : 0);
-  std::atomic<bool> any_to_redo_ = false;
+  bool* to_redo_ = nullptr;  // of each row: whether its sums are not all finite
+  bool any_to_redo_ = false;
 };
 
 }  // namespace

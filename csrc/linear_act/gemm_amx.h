@@ -16,7 +16,7 @@ constexpr int kTileN = 2 * kTileLines;
 // Chosen on a Xeon of the fifth generation (48 KB L1d, 2 MB L2 per core).
 constexpr int64_t kBlockM = 6 * kTileM;
 
-// Two neighbours along k, in parts.
+// Two elements of k, in parts: k and k + 16 of every 32.
 template <int kCount>
 struct PartPair {
   uint32_t bits[kCount];

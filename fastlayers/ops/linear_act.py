@@ -314,8 +314,8 @@ def _has_amx(probe):
     return getattr(torch.cpu, probe, lambda: False)()
 
 
-# With tile instructions oneDNN multiplies 16-bit matrices several times as fast as AVX-512 can, which is more than
-# the fused activation saves (bfloat16 with AMX on two cores: 2,400 GFLOP/s, AVX-512 BF16: about 600).
+# With tile instructions oneDNN multiplies 16-bit matrices at least as fast as our kernels: linear+gelu in bfloat16,
+# forward and backward, ran at 0.7 to 1.2 times torch's speed on two cores of a Xeon with AMX (fifth generation).
 _TORCH_GEMM_IS_FASTER = {
     torch.bfloat16: _has_amx("_is_amx_tile_supported"),
     torch.float16: _has_amx("_is_amx_fp16_supported"),
