@@ -1,5 +1,8 @@
 // Attention forward on CPU: flash attention, keys streamed in packed blocks past a chunk of
 // queries.
+#include <type_traits>
+
+#include "attention/cpu_few_rows.h"
 #include "attention/cpu_scores.h"
 #include "attention/kernels.h"
 #include "common/dispatch.h"
@@ -64,6 +67,7 @@ struct Partial {
 template <class T>
 class ForwardWorker {
   using Dot = typename DotFor<T>::type;
+  using Packed = std::conditional_t<Dot::kPair == 2, T, float>;  // elements of packed rows
 
  public:
   ForwardWorker(const AttentionForward& p, const ForwardPlan& plan, Arena& arena)
@@ -96,6 +100,8 @@ class ForwardWorker {
                  float* rows) const;
   void key_block(int64_t j0, int64_t keys, ScoreRules& rules);
   void tile(int64_t r0, int64_t j0, ScoreRules& rules);
+  void key_block_of_few(int64_t j0, int64_t keys, ScoreRules& rules);
+  void rows_of_keys(const TensorView4& x, int64_t j, int count, const T** rows) const;
   void exponentiate(int64_t r0, int64_t j0, const Columns& columns, float scale, float* decay);
 
   const AttentionForward& p_;
@@ -197,6 +203,7 @@ void ForwardWorker<T>::pack_keys(const Layout<Dot>& layout, const TensorView4& x
 
 template <class T>
 void ForwardWorker<T>::key_block(int64_t j0, int64_t keys, ScoreRules& rules) {
+  if (count_ <= Dot::kFewQueries) return key_block_of_few(j0, keys, rules);
   pack_keys(qk_, p_.k, j0, keys, k_rows_);
   pack_transposed(qk_, k_rows_, round_up(keys, kPanel), k_panels_);
   pack_keys(v_, p_.v, j0, keys, v_rows_);
@@ -225,6 +232,47 @@ void ForwardWorker<T>::tile(int64_t r0, int64_t j0, ScoreRules& rules) {
       count, v_.vecs(), width / Dot::kPair,
       {weights + columns.begin / Dot::kPair, kBlockN / Dot::kPair, 1}, values,
       o_ + r0 * v_.padded(), v_.padded(), decay);
+}
+
+// Where keys or values [j, j + count) begin.
+template <class T>
+void ForwardWorker<T>::rows_of_keys(const TensorView4& x, int64_t j, int count,
+                                    const T** rows) const {
+  const int32_t* pages = p_.page_table ? p_.page_table + b_ * p_.page_table_stride : nullptr;
+  for (int c = 0; c < count; ++c, ++j) {
+    rows[c] = pages ? row_at<const T>(x, pages[j / p_.page_size], head_k_, j % p_.page_size)
+                    : row_at<const T>(x, b_, head_k_, seq_.k_row + j);
+  }
+}
+
+template <class T>
+void ForwardWorker<T>::key_block_of_few(int64_t j0, int64_t keys, ScoreRules& rules) {
+  const int count = static_cast<int>(count_);
+  const Columns columns = needed_columns(rows_, count, j0);
+  if (columns.begin >= columns.end) return;
+  const int end = static_cast<int>(least(columns.end, keys));
+  const T* rows[kKeysAtOnce];
+  for (int c = columns.begin; c < end; c += kKeysAtOnce) {
+    const int here = static_cast<int>(least(kKeysAtOnce, end - c));
+    rows_of_keys(p_.k, j0 + c, here, rows);
+    for (int r = 0; r < count; ++r) {
+      const auto* q = reinterpret_cast<const Packed*>(q_ + r * qk_.row_units());
+      dot_keys(q, p_.head_dim, rows, here, s_ + r * kBlockN + c);
+    }
+  }
+  rules.begin_block(rows_[0].head == rows_[count - 1].head ? rows_[0].head : -1, j0);
+  rules.apply(rows_, count, j0, columns, s_, nullptr);
+  alignas(64) float decay[kTileM];
+  exponentiate(0, j0, columns, rules.score_scale(), decay);
+  for (int c = columns.begin; c < end; c += kKeysAtOnce) {
+    const int here = static_cast<int>(least(kKeysAtOnce, end - c));
+    rows_of_keys(p_.v, j0 + c, here, rows);
+    for (int r = 0; r < count; ++r) {
+      const auto* weights = reinterpret_cast<const Packed*>(Dot::kPair == 1 ? s_ : pairs_);
+      add_values(weights + r * kBlockN + c, p_.head_dim_v, rows, here,
+                 c == columns.begin ? decay[r] : 1.0f, o_ + r * v_.padded());
+    }
+  }
 }
 
 // p = exp(scale * s - max), dropped where dropout says so, to be multiplied by V. Returns sum(p)

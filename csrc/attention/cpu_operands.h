@@ -40,13 +40,14 @@ struct Arena {
 // c + a . b per lane, for one unit of depth.
 struct FloatDot {
   static constexpr int kPair = 1;            // depth elements per unit
+  static constexpr int kFewQueries = 4;      // do not pay for packed keys
   static constexpr int kDepthUnits = 4;      // that the panels of a factor have, or a multiple
   static constexpr int kPairedRows = kRows;  // rows that become depth: a multiple of these
   static FL_INLINE Vec step(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 };
 #if defined(__AVX512BF16__)
 struct PairDot {
-  static constexpr int kPair = 2;
+  static constexpr int kPair = 2, kFewQueries = 1;
 #if defined(__AMX_BF16__)
   static constexpr int kDepthUnits = 16, kPairedRows = 32;  // whole tiles
 #else

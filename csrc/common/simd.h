@@ -48,6 +48,11 @@ FL_INLINE Vec load(const BFloat16* p, Mask m) {
   return bf16_to_float(_mm256_maskz_loadu_epi16(m, p));
 }
 
+#if defined(__AVX512BF16__)
+FL_INLINE __m256i float_to_bf16(Vec x) {  // subnormal numbers become 0
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+}
+#else
 FL_INLINE __m256i float_to_bf16(Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -56,6 +61,7 @@ FL_INLINE __m256i float_to_bf16(Vec x) {
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+#endif
 FL_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 FL_INLINE void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -1,11 +1,14 @@
-// linear_act_gemm on CPU: b is packed once by all threads, then blocks of the result are computed
-// independently, each thread packing the rows of a that its block needs.
+// linear_act_gemm on CPU: the factor with fewer rows, of b or of a, is packed once by all threads
+// and shared. Then blocks of the result are computed independently, each packing what it needs of
+// the other: with b shared
 //
 //   for each chunk of k                    the sums so far wait in a float32 block
-//     pack a: kBlockM rows x kChunkSteps   stays in L2
+//     pack a: kBlockOwn rows x kChunkSteps stays in L2
 //     for each panel of b                  kTileN x kChunkSteps, streams through L2
 //       for each panel of a                kTileM x kChunkSteps
 //         multiply_tile                    after the last chunk: store_tile
+//
+// and with a shared, each panel of b is packed where it is first needed.
 //
 // Sums run over at most kChunkSteps steps before they are added up, which also keeps the rounding
 // error of long sums small. The order of summation does not depend on the number of threads.
@@ -22,8 +25,6 @@
 
 namespace fl::FL_ISA {
 namespace {
-
-constexpr int64_t kBlockN = 16 * kTileN;
 
 FL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FL_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -60,29 +61,32 @@ class Gemm {
         pair_(g.form == LinearActGemm::Form::kGated ? 2 : 1),
         chunks0_(count_chunks(g.k[0])),
         chunks_(chunks0_ + (g.form == LinearActGemm::Form::kSum ? count_chunks(g.k[1]) : 0)),
-        panels_n_(ceil_div(g.n, kTileN)) {
+        panels_m_(ceil_div(g.m, kTileM)),
+        panels_n_(ceil_div(g.n, kTileN)),
+        b_is_shared_(g.m >= g.n) {
     choose_blocks();
   }
 
   void run() {
     int64_t steps = 0;
     for (int64_t c = 0; c < chunks_; ++c) steps += chunk(c).steps;
-    const Scratch packed_b(pair_ * panels_n_ * kTileN * steps * sizeof(Step));
-    packed_b_ = packed_b.as<Step>();
-    pack_b();
+    const int64_t width = b_is_shared_ ? pair_ * kTileN : kTileM;
+    const Scratch packed(width * shared_panels() * steps * sizeof(Step));
+    shared_ = packed.as<Step>();
+    pack_shared();
     const int64_t flags = PanelOf<T>::kSplits ? g_.m : 0;
     const Scratch to_redo(flags);
     to_redo_ = to_redo.as<bool>();
     for (int64_t r = 0; r < flags; ++r) to_redo_[r] = false;
 
-    const int64_t a_bytes = rows_ * kChunkSteps * sizeof(Step);
+    const int64_t own_bytes = (b_is_shared_ ? rows_ : pair_ * cols_) * kChunkSteps * sizeof(Step);
     const int64_t sums_bytes = pair_ * sums_rows() * sums_stride() * sizeof(float);
     const int64_t blocks = blocks_m_ * blocks_n_;
     const int64_t workers = min64(blocks, num_threads());
-    const Scratch scratch(workers * (a_bytes + sums_bytes));
+    const Scratch scratch(workers * (own_bytes + sums_bytes));
     auto block = [&](int64_t task, int worker) {
-      const int64_t at = worker * (a_bytes + sums_bytes);
-      compute_block(task, scratch.as<Step>(at), scratch.as<float>(at + a_bytes));
+      const int64_t at = worker * (own_bytes + sums_bytes);
+      compute_block(task, scratch.as<Step>(at), scratch.as<float>(at + own_bytes));
     };
     parallel_tasks(blocks, block);
     if constexpr (PanelOf<T>::kSplits) {
@@ -101,21 +105,22 @@ class Gemm {
     return {product, k, depth, ceil_div(depth, kGroupDepth) * kGroup};
   }
 
-  // Blocks of at most kBlockM x kBlockN, cut further until every thread has some.
+  // Blocks of at most kBlockOwn rows of the factor that they pack themselves and kBlockShared of
+  // the other, cut further until every thread has some.
   void choose_blocks() {
-    const int64_t panels_m = ceil_div(g_.m, kTileM);
     const int64_t threads = num_threads();
-    blocks_m_ = ceil_div(g_.m, kBlockM);
-    blocks_n_ = ceil_div(g_.n, kBlockN);
-    while (blocks_m_ * blocks_n_ < 4 * threads && (blocks_m_ < panels_m || blocks_n_ < panels_n_)) {
-      const bool split_m = panels_m * blocks_n_ * kTileM > panels_n_ * blocks_m_ * kTileN;
-      if (blocks_n_ == panels_n_ || (split_m && blocks_m_ < panels_m)) {
+    blocks_m_ = ceil_div(g_.m, b_is_shared_ ? kBlockOwn : kBlockShared);
+    blocks_n_ = ceil_div(g_.n, b_is_shared_ ? kBlockShared : kBlockOwn / pair_);
+    while (blocks_m_ * blocks_n_ < 4 * threads &&
+           (blocks_m_ < panels_m_ || blocks_n_ < panels_n_)) {
+      const bool split_m = panels_m_ * blocks_n_ * kTileM > panels_n_ * blocks_m_ * kTileN;
+      if (blocks_n_ == panels_n_ || (split_m && blocks_m_ < panels_m_)) {
         ++blocks_m_;
       } else {
         ++blocks_n_;
       }
     }
-    rows_ = ceil_div(panels_m, blocks_m_) * kTileM;
+    rows_ = ceil_div(panels_m_, blocks_m_) * kTileM;
     cols_ = ceil_div(panels_n_, blocks_n_) * kTileN;
     blocks_m_ = ceil_div(g_.m, rows_);
     blocks_n_ = ceil_div(g_.n, cols_);
@@ -125,40 +130,55 @@ class Gemm {
   int64_t sums_rows() const { return chunks_ > 1 ? rows_ : kTileM; }
   int64_t sums_stride() const { return chunks_ > 1 ? cols_ : kTileN; }
 
-  // Packed b: chunk by chunk, panel by panel; in the gated form each panel of b[0] is followed by
-  // that of b[1].
-  Step* packed_b(int64_t c, int64_t panel, int which) const {
+  int64_t shared_panels() const { return b_is_shared_ ? panels_n_ : panels_m_; }
+
+  // The shared factor, packed: chunk by chunk, panel by panel.
+  Step* shared(int64_t c, int64_t panel) const {
     int64_t steps_before = 0;
     for (int64_t i = 0; i < c; ++i) steps_before += chunk(i).steps;
-    const int64_t panels = steps_before * panels_n_ + chunk(c).steps * panel;
-    return packed_b_ + (panels * pair_ + chunk(c).steps * which) * kTileN;
+    const int64_t panels = steps_before * shared_panels() + chunk(c).steps * panel;
+    return shared_ + panels * (b_is_shared_ ? pair_ * kTileN : kTileM);
   }
 
-  void pack_b() {
+  // Rows [row, row + rows) of a.
+  void pack_rows(const Chunk& k, int64_t row, int64_t rows, Step* panels) const {
+    pack_a<T>(g_.a[k.product], row, min64(rows, g_.m - row), k.k, k.depth, panels);
+  }
+
+  // One panel of b; in the gated form, that of b[0] followed by that of b[1].
+  void pack_column_panel(const Chunk& k, int64_t col, Step* panel) const {
+    for (int which = 0; which < pair_; ++which, panel += k.steps * kTileN) {
+      const GemmFactor& b = g_.b[pair_ == 2 ? which : k.product];
+      pack_b<T>(b, col, min64(kTileN, g_.n - col), k.k, k.depth, panel);
+    }
+  }
+
+  void pack_shared() {
     auto pack = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = i / panels_n_, panel = i % panels_n_;
-        const Chunk k = chunk(c);
-        const int64_t row = panel * kTileN, rows = min64(kTileN, g_.n - row);
-        for (int which = 0; which < pair_; ++which) {
-          const GemmFactor& b = g_.b[pair_ == 2 ? which : k.product];
-          fl::FL_ISA::pack_b<T>(b, row, rows, k.k, k.depth, packed_b(c, panel, which));
+        const int64_t c = i / shared_panels(), panel = i % shared_panels();
+        if (b_is_shared_) {
+          pack_column_panel(chunk(c), panel * kTileN, shared(c, panel));
+        } else {
+          pack_rows(chunk(c), panel * kTileM, kTileM, shared(c, panel));
         }
       }
     };
-    parallel_ranges(chunks_ * panels_n_, 4, pack);
+    parallel_ranges(chunks_ * shared_panels(), 4, pack);
   }
 
-  void compute_block(int64_t task, Step* packed_a, float* sums) {
+  void compute_block(int64_t task, Step* own, float* sums) {
     [[maybe_unused]] const TileRegisters registers;
     const int64_t row = task / blocks_n_ * rows_, col = task % blocks_n_ * cols_;
     const int64_t rows = min64(rows_, g_.m - row), cols = min64(cols_, g_.n - col);
     for (int64_t c = 0; c < chunks_; ++c) {
       const Chunk k = chunk(c);
-      pack_a<T>(g_.a[k.product], row, rows, k.k, k.depth, packed_a);
+      if (b_is_shared_) pack_rows(k, row, rows, own);
       for (int64_t j = 0; j < cols; j += kTileN) {
-        const Step* b = packed_b(c, (col + j) / kTileN, 0);
+        Step* b = b_is_shared_ ? shared(c, (col + j) / kTileN) : own + j * k.steps * pair_;
+        if (!b_is_shared_) pack_column_panel(k, col + j, b);
         for (int64_t i = 0; i < rows; i += kTileM) {
+          const Step* a = b_is_shared_ ? own + i * k.steps : shared(c, (row + i) / kTileM);
           float* tile = chunks_ > 1 ? sums + i * sums_stride() + j : sums;
           const SumTile t{{tile, tile + sums_rows() * sums_stride()},
                           sums_stride(),
@@ -166,7 +186,7 @@ class Gemm {
                           col + j,
                           static_cast<int>(min64(kTileM, rows - i)),
                           static_cast<int>(min64(kTileN, cols - j))};
-          compute_tile(k.steps, packed_a + i * k.steps, b, t, c);
+          compute_tile(k.steps, a, b, t, c);
         }
       }
     }
@@ -213,10 +233,11 @@ class Gemm {
   const int pair_;         // products side by side: 2 in the gated form
   const int64_t chunks0_;  // of the first product
   const int64_t chunks_;
-  const int64_t panels_n_;
+  const int64_t panels_m_, panels_n_;
+  const bool b_is_shared_;
   int64_t blocks_m_, blocks_n_;  // how many
   int64_t rows_, cols_;          // of a block
-  Step* packed_b_ = nullptr;
+  Step* shared_ = nullptr;
   bool* to_redo_ = nullptr;  // of each row: whether its sums are not all finite
   bool any_to_redo_ = false;
 };

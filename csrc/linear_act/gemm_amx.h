@@ -14,7 +14,7 @@ constexpr int kTileM = 2 * kTileLines;
 constexpr int kTileN = 2 * kTileLines;
 
 // Chosen on a Xeon of the fifth generation (48 KB L1d, 2 MB L2 per core).
-constexpr int64_t kBlockM = 6 * kTileM;
+constexpr int64_t kBlockOwn = 192, kBlockShared = 512;
 
 // Two elements of k, in parts: k and k + 16 of every 32.
 template <int kCount>

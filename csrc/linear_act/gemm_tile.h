@@ -13,7 +13,7 @@ constexpr int kTileM = kLanes == 16 ? 8 : 4;
 constexpr int kTileN = kTileVecs * kLanes;
 
 // Chosen on Zen 5 (48 KB L1d, 1 MB L2 per core).
-constexpr int64_t kBlockM = 96;
+constexpr int64_t kBlockOwn = 96, kBlockShared = 768;
 
 template <class T>
 void pack_a(const GemmFactor& a, int64_t row, int64_t rows, int64_t k, int64_t depth,
