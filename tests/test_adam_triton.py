@@ -11,7 +11,11 @@ import torch
 
 from tests.backends import BACKENDS, SIMULATED
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETED, reason="for the compiler"),
+]
 
 
 def python(*arguments, **environment):
