@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends import BACKENDS, SIMULATED
+from tests.backends import BACKENDS, INTERPRETED, SIMULATED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif(INTERPRETED, reason="for the compiler"),
