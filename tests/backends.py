@@ -26,15 +26,15 @@ _HAS_GPU = torch.cuda.is_available() and torch.version.cuda is not None
 SIMULATED = _SIMULATOR != "0" and (bool(_SIMULATOR) or not _HAS_GPU)
 ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is imported, by tests/test_*_triton.py
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set before triton is imported, by tests/test_*_triton.py
 _AVAILABLE = {"cpu"}
 _HAS_NVCC = os.environ.get("FASTLAYERS_BUILD_CUDA") != "0" and (os.environ.get("NVCC") or shutil.which("nvcc"))
 if _HAS_GPU or (SIMULATED and _HAS_NVCC):
     _AVAILABLE |= {"cuda", "triton"} if importlib.util.find_spec("triton") else {"cuda"}
-if _INTERPRETED:
+if INTERPRETED:
     _AVAILABLE = {"triton"}
 BACKENDS = {op: [name for name in names if name in _AVAILABLE] for op, names in BACKENDS.items()}
-if SIMULATED and not _INTERPRETED:  # each case takes the compiler seconds: tests/test_*_triton.py have some
+if SIMULATED and not INTERPRETED:  # each case takes the compiler seconds: tests/test_*_triton.py have some
     BACKENDS = {op: [n for n in names if n != "triton" or op == "adam"] for op, names in BACKENDS.items()}
 
 _OLD_TENSOR_CORES = ARCH == "sm_75" if SIMULATED else _HAS_GPU and torch.cuda.get_device_capability() < (8, 0)
@@ -54,7 +54,7 @@ def has_wide_float32_gradients(backend):
 @contextlib.contextmanager
 def device_of(backend):
     """Within, tensors are made where the backend takes them, and the simulator is there if it is the backend."""
-    if backend not in ("cuda", "cublas", "triton") or _INTERPRETED:
+    if backend not in ("cuda", "cublas", "triton") or INTERPRETED:
         yield
     elif SIMULATED:
         from tests import simulator
@@ -71,7 +71,7 @@ def device_of(backend):
 
 def on_host(backend, *tensors):
     """Within, these tensors, made with device="cpu", count as being on the CPU."""
-    if backend not in ("cuda", "triton") or _INTERPRETED or not SIMULATED:
+    if backend not in ("cuda", "triton") or INTERPRETED or not SIMULATED:
         return contextlib.nullcontext()
     from tests import simulator
 

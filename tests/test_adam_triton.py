@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.backends import BACKENDS, SIMULATED
+from tests.backends import BACKENDS, INTERPRETED, SIMULATED
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETED, reason="for the compiler"),
+]
 
 
 def python(*arguments, **environment):

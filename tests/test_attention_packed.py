@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from fastlayers import ops
 from tests.attention_cases import DTYPES, check, randn, run
-from tests.backends import BACKENDS, dtypes_of
+from tests.backends import BACKENDS, INTERPRETED, dtypes_of
 
 pytestmark = pytest.mark.tensor_cores
 on_varlen = pytest.mark.parametrize("backend", BACKENDS["varlen_attention"])
 on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.02])
+EXAMPLES = 20 if INTERPRETED else 60  # each takes the interpreter seconds
 DROPOUT = {"dropout_p": 0.3, "dropout_rng": torch.tensor([2**40 + 1, 9])}
 
 
@@ -130,7 +131,7 @@ def test_varlen_deterministic_is_bitwise_reproducible(backend):
 
 
 @on_varlen
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_any_varlen_call(data, dtype, backend):
     assume(dtype in dtypes_of(backend))

@@ -12,7 +12,7 @@ import torch
 from fastlayers import backends, ops, reference
 from tests import test_linear_act as values
 from tests import test_linear_act_api as api
-from tests.backends import BACKENDS, SIMULATED, device_of
+from tests.backends import BACKENDS, INTERPRETED, SIMULATED, device_of
 from tests.numerics import assert_accurate
 
 triton = pytest.importorskip("triton")
@@ -22,7 +22,6 @@ from triton import language as tl  # noqa: E402
 from fastlayers.triton import activations, launch, linear_act, tiles  # noqa: E402
 from tests.triton_compiler import assert_fits, compile_kernel, stack  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 outside = pytest.mark.skipif(INTERPRETED, reason="for the compiler")
 simulated = pytest.mark.skipif("triton" not in BACKENDS["adam"] or not SIMULATED or INTERPRETED, reason="needs nvcc")
 

@@ -204,4 +204,5 @@ def _sinks_gradient(sinks, lse, delta, share):
     terms = torch.exp(heads - lse).where(lse > float("-inf"), 0.0) * -delta
     if share is not None:
         terms = terms * share
-    return terms.sum(1 if packed else (0, 2))
+    # In float64: few sums of many terms, in which float32 would lose more than the terms did.
+    return terms.sum(1 if packed else (0, 2), dtype=torch.float64).to(sinks.dtype)

@@ -78,7 +78,8 @@ TILES = {
     120: {2: _SMALL_BLACKWELL, 4: _THREE_TF32},
 }
 _DESCRIBED_KINDS = ("forward",)
-_INTERPRETER = Tile(128, 64, _ALL, 4, 1)
+# Per itemsize. Float32 in pieces, as on GPUs: NumPy adds a product's terms one by one, and 256 of them round too often.
+_INTERPRETER = {2: Tile(128, 64, _ALL, 4, 1), 4: Tile(128, 64, 64, 4, 1)}
 
 
 def candidates(arch, itemsize, kind, dim, describable=True):
@@ -101,7 +102,7 @@ def choose(kind, inputs, describable, programs, measure=None):
     programs: function(tile), how many a launch has; measure: function(tile) that launches, or None
     """
     if knobs.runtime.interpret:
-        return _INTERPRETER
+        return _INTERPRETER[inputs.query.dtype.itemsize]
     itemsize, dim = inputs.query.dtype.itemsize, max(inputs.head_dims)
     found = candidates(tiles.current_gpu().arch, itemsize, kind, dim, describable)
     sizes = tiles.bits(inputs.batch * inputs.heads, inputs.seqlen_q, inputs.seqlen_k, dim)
