@@ -246,7 +246,14 @@ class Gemm {
 
 void linear_act_gemm(const LinearActGemm& g) {
   if (g.m == 0 || g.n == 0) return;
-  with_dtype(g.dtype, [&](auto type) { Gemm<typename decltype(type)::type>(g).run(); });
+  with_dtype(g.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (PanelOf<T>::kSplits) {
+      // Six tile instructions take 32 elements of k in the time that a dozen take without.
+      if (g.k[0] + g.k[1] <= 12) return avx512_bf16::linear_act_gemm(g);
+    }
+    Gemm<T>(g).run();
+  });
 }
 
 }  // namespace fl::FL_ISA

@@ -21,7 +21,8 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     raises  ValueError for an unknown activation or a mismatch of shapes, dtypes or devices; TypeError for
             arguments of the wrong type
     Under autocast the arguments are cast as torch.nn.functional.linear casts them; float32 on a GPU is multiplied as
-    torch.backends.cuda.matmul.allow_tf32 says, gradients as it says when they are computed.
+    torch.backends.cuda.matmul.allow_tf32 says, gradients as it says when they are computed. On CPUs with AMX numbers
+    below 2^-126 (subnormal) count as 0.
     source  GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; SiLU: Elfwing et al. 2017, arXiv:1702.03118
     """
     input, weight, bias = _autocast(input, weight, bias)
