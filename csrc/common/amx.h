@@ -3,7 +3,7 @@
 //
 // One tile instruction adds a (16 x 32) b (32 x 16) to a tile of float32: 16 cycles for 8192
 // multiplications, where AVX-512 multiplies 32 float32 per cycle. So much faster that float32
-// matrices are multiplied in bfloat16 too, with nothing lost: a float32 is the sum of three
+// matrices are multiplied in bfloat16 too, with float32's accuracy: a float32 is the sum of three
 // bfloat16, x = x0 + x1 + x2, each the rounded rest of the one before, and
 //
 //   x y = x0 y0 + x0 y1 + x1 y0 + x1 y1 + x0 y2 + x2 y0     to about 2^-25 |x y|

@@ -220,7 +220,7 @@ class Gemm {
       LinearActGemm rows = g_;
       rows.m = end - begin;
       for (GemmFactor& a : rows.a) {
-        a.data = static_cast<const T*>(a.data) + begin * (a.k_dense ? a.stride : 1);
+        if (a.data) a.data = static_cast<const T*>(a.data) + begin * (a.k_dense ? a.stride : 1);
       }
       for (void*& z : rows.preactivation) z = z ? static_cast<T*>(z) + begin * g_.n : nullptr;
       rows.out = static_cast<T*>(g_.out) + begin * g_.n;
