@@ -99,7 +99,7 @@ def _seen_kernel(
     i, j = tl.arange(0, 128)[:, None], tl.arange(0, 128)[None, :]
     place = seqlen_q, seqlen_k, 0, begin_offset, end_offset
     zero = tl.zeros((128, 128), tl.float32)
-    x, _ = attention_rules.scores_of(zero, i, j, *place, 1.0, None, None, None, 0, 0, False)
+    x, _ = attention_rules.scores_of(zero, i, j, place, (1.0, None, None, None, 0, 0), False)
     if tl.program_id(0) == 0:
         tl.store(seen + i * 128 + j, (x == 0).to(tl.uint8))
     if TURNED:
@@ -194,7 +194,8 @@ def test_simulated_head_dims(arch, dtype):
 @simulated
 @pytest.mark.parametrize("arch", [90], indirect=True, ids="sm_{}".format)
 def test_simulated_descriptors(arch, monkeypatch):
-    """Whole blocks through the TMA unit, blocks at an edge as ever: causal, packed, columns behind the head."""
+    """Whole blocks through the TMA unit, blocks at an edge as ever: causal, packed, columns behind the head; forward
+    and backward."""
     taken = []
 
     def last(found, *_):
@@ -203,15 +204,15 @@ def test_simulated_descriptors(arch, monkeypatch):
 
     monkeypatch.setattr(tiles, "pick", last)
     names = ("query", "key", "value")
-    with torch.no_grad():
-        for head_dim, head_dim_v in ((64, 64), (40, 72), (256, 16)):
-            sizes = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": 200, "seqlen_k": 330}
-            tensors = qkv(torch.bfloat16, **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
-            options = {"is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True}
+    for head_dim, head_dim_v in ((64, 64), (40, 72), (256, 16)):
+        sizes = {"batch": 1, "heads_q": 2, "heads_k": 1, "seqlen_q": 200, "seqlen_k": 330}
+        tensors = qkv(torch.bfloat16, **sizes, head_dim=head_dim, head_dim_v=head_dim_v)
+        options = {"is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True}
+        with torch.set_grad_enabled(head_dim < 256):  # the backward's tiles there have no descriptors
             check(ops.attention, dict(zip(names, tensors)), "triton", f"{head_dim} {head_dim_v}", **options)
-        tensors = packed(torch.bfloat16, [3, 200, 0, 70], [150, 300, 5, 0], head_dim=32)
-        check(ops.varlen_attention, tensors, "triton", **longest([3, 200, 0, 70], [150, 300, 5, 0]))
-    assert len(taken) == 4 and all(tile.descriptors for tile in taken)
+    tensors = packed(torch.bfloat16, [3, 200, 0, 70], [150, 300, 5, 0], head_dim=32)
+    check(ops.varlen_attention, tensors, "triton", **longest([3, 200, 0, 70], [150, 300, 5, 0]))
+    assert len(taken) == 10 and all(tile.descriptors for tile in taken)
 
 
 @simulated
@@ -343,7 +344,7 @@ KERNELS = {
 def test_compiles(kind, dtype, gpu):
     """Every tile of the table, for the widest head that it is meant for."""
     for dim in attention_tiles.TILES[gpu][dtype.itemsize][kind]:
-        for tile in attention_tiles.candidates(gpu, dtype.itemsize, kind, dim):
+        for tile in attention_tiles.candidates(gpu, dtype.itemsize, kind, dim, kind != "decode"):
             kernel = compiled(KERNELS[kind], gpu, dtype, dim, tile)
             wide = (tile.columns if kind == "key_gradient" else tile.rows) >= 64
             assert_fits(kernel, gpu, tile, wide)

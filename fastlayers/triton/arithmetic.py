@@ -25,7 +25,11 @@ def store(pointers, x, mask):
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, summed in float32. PRECISION: of float32 factors, "ieee", "tf32x3" or "tf32"."""
-    if INTERPRETED:  # which multiplies no bfloat16; float32 holds the factors as they are
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    """total + a @ b, summed in float32. PRECISION: of float32 factors, "ieee", "tf32x3" or "tf32".
+
+    The interpreter sums in float64: it multiplies no bfloat16, and its order of summation is no GPU's. How accurate a
+    product is, compiled kernels show.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64)).to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)

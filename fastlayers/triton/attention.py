@@ -162,22 +162,15 @@ def _differentiate(inputs, grad_out, grad_lse, out, lse, gradients, dmask):
     zero = torch.zeros_like if inputs.packed else torch.empty_like
     rows = {"lse": lse, "delta": zero(lse), "share": zero(lse) if coarse else None}
     shared = {"grad_out": grad_out, **rows, **_named("g", strides(grad_out)), **_named("l", lse_strides(inputs))}
-    operands = {"out": out, "grad_lse": grad_lse, "dquery": dquery}
+    operands = {"out": out, "grad_lse": grad_lse, "dquery": dquery, **shared}
     operands |= {**_named("o", strides(out)), **_named("d", strides(dquery))}
-    _launch(
-        query_gradient_kernel, "query_gradient", inputs, _row_blocks(inputs), inputs.head_dims[0], **shared, **operands
-    )
+    programs, columns, streamed = _row_blocks(inputs), inputs.head_dims[0], (inputs.key, inputs.value)
+    _launch(query_gradient_kernel, "query_gradient", inputs, programs, columns, streamed, **operands)
     if inputs.seqlen_k:
-        operands = {"dkey": dkey, "dvalue": dvalue, **_named("x", strides(dkey)), **_named("y", strides(dvalue))}
-        _launch(
-            key_gradient_kernel,
-            "key_gradient",
-            inputs,
-            _key_blocks(inputs),
-            max(inputs.head_dims),
-            **shared,
-            **operands,
-        )
+        operands = {"dkey": dkey, "dvalue": dvalue, **shared}
+        operands |= {**_named("x", strides(dkey)), **_named("y", strides(dvalue))}
+        programs, columns, streamed = _key_blocks(inputs), max(inputs.head_dims), (inputs.query, grad_out)
+        _launch(key_gradient_kernel, "key_gradient", inputs, programs, columns, streamed, **operands)
     if dmask.numel() and inputs.seqlen_k:
         full = (*inputs.query.shape[:3], inputs.seqlen_k)
         has = [size == wanted for size, wanted in zip(dmask.shape, full)]

@@ -21,17 +21,9 @@ def _load(x, places, used, first_column, DIM: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit
 def _products(
     q,  # the first INNER columns
-    query,
-    q_places,
-    inside,
-    key,
-    k_places,
-    used,
-    DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, q_places, inside, key, k_places, used,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """q k', as attention_rules.products_of."""
     total = tl.zeros((q_places.shape[0], k_places.shape[0]), tl.float32)
     if INNER >= COLUMNS:
@@ -45,46 +37,25 @@ def _products(
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "splits"])
 def decode_kernel(
     query,  # (B, Hq, Sq, D)
-    key,  # (B, Hk, Smax, D) or, with page_table, (pages, Hk, page_size, D)
-    value,
-    mask,
-    alibi_slopes,
+    key, value,  # (B, Hk, Smax, D) or, with page_table, (pages, Hk, page_size, D)
+    mask, alibi_slopes,
     cache_seqlens,  # (B,)
     page_table,  # (B, pages of a sequence) or None
     outs,  # (splits, B * Hq * Sq, Dv) float32, each part divided by its own sum
     lses,  # (splits, B * Hq * Sq) float32
-    batch,
-    heads_q,
-    heads_k,
-    seqlen_q,
-    seqlen_k,
-    begin_offset,
-    end_offset,
-    splits,
-    page_size,
-    scale,
-    softcap,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ab,
-    stride_pb,
+    batch, heads_q, heads_k, seqlen_q, seqlen_k, begin_offset, end_offset,
+    splits, page_size,
+    scale, softcap,
+    stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
+    stride_ab, stride_pb,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     INNER: tl.constexpr,
-):
+):  # fmt: skip
     """One program per (batch, key head, BLOCK_M rows of its query heads), split of their keys, and INNER columns."""
     group_rows = heads_q // heads_k * seqlen_q
     blocks = tl.cdiv(group_rows, BLOCK_M)
@@ -127,7 +98,7 @@ def decode_kernel(
         operands = q, query, q_places, inside, key, k_places, used
         products = _products(*operands, HEAD_DIM, BLOCK_D, INNER, PRECISION)
         v = _load(value, v_places, used, column, HEAD_DIM_V, COLUMNS)
-        x, _ = scores_of(products, tokens[:, None], keys[None, :], *place, *rules, False)
+        x, _ = scores_of(products, tokens[:, None], keys[None, :], place, rules, False)
         total, top, mass = absorb(total, top, mass, x, v, None, NATURAL, False, PRECISION)
     total, lse = finish(total, top, mass, None, 1.0, NATURAL)
     all_rows = (tl.full((), 0, tl.int64) + batch) * heads_q * seqlen_q
@@ -141,22 +112,14 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["rows", "seqlen_q", "splits"])
 def combine_kernel(
-    outs,
-    lses,
-    sinks,
+    outs, lses, sinks,
     out,  # (B, Hq, Sq, Dv)
     lse,  # (B, Hq, Sq)
     rows,  # B * Hq * Sq
-    heads_q,
-    seqlen_q,
-    splits,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
+    heads_q, seqlen_q, splits,
+    stride_ob, stride_oh, stride_os,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
     """Each part weighted by its share of the softmax's denominator, the sink being one more; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     numbers = tl.arange(0, BLOCK_SPLITS)

@@ -9,131 +9,73 @@ from fastlayers.triton.attention_rules import load_rows, place_of
 
 @triton.jit
 def _tile(
-    b,
-    h,
-    i_begin,
-    j_begin,
-    query,
-    key,
-    value,
-    grad_out,
-    lse,
-    delta,
-    share,
-    heads_q,
-    heads_k,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_gb,
-    stride_gh,
-    stride_gs,
-    stride_lb,
-    stride_lh,
-    stride_ab,
-    stride_mb,
-    stride_mh,
-    rng,
-    threshold,
-    kept_scale,
-    scale,
-    softcap,
-    alibi_slopes,
-    mask,
-    stride_mq,
-    stride_mk,
-    seqlen_q,
-    seqlen_k,
-    diagonal,
-    begin_offset,
-    end_offset,
+    b, h, i_begin, j_begin,
+    tensors,  # (query, grad_out, key, value)
+    steps,  # strides of their batches, heads and rows
+    statistics,  # (lse, delta, share, strides of batches and heads)
+    heads,  # (of query, of key)
+    dropout,  # (rng, threshold, kept_scale)
+    place,
+    rules,  # (scale, softcap, alibi_slopes, stride of their batches, mask, its strides)
     NATURAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The gradient of BLOCK_M x BLOCK_N scores of a head."""
-    h_k = h // (heads_q // heads_k)
-    query += b * stride_qb + h * stride_qh
-    grad_out += b * stride_gb + h * stride_gh
-    key += b * stride_kb + h_k * stride_kh
-    value += b * stride_vb + h_k * stride_vh
-    slope, mask = alibi_slopes, mask + b * stride_mb + h * stride_mh
+    query, grad_out, key, value = tensors
+    steps_q, steps_g, steps_k, steps_v = steps
+    h_k = h // (heads[0] // heads[1])
+    rows, seqlen_q = i_begin + tl.arange(0, BLOCK_M), place[0]
+    q_lines = query + b * steps_q[0] + h * steps_q[1], rows, seqlen_q, steps_q[2]
+    g_lines = grad_out + b * steps_g[0] + h * steps_g[1], rows, seqlen_q, steps_g[2]
+    q = load_rows(q_lines, None, HEAD_DIM, min(BLOCK_D, INNER), False)
+    dout = load_rows(g_lines, None, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
+    lse, delta, share, stride_lb, stride_lh = statistics
+    first = b * stride_lb + h * stride_lh
+    row_lse = load_lse(lse + first, rows, seqlen_q, NATURAL)
+    row_delta = tl.load(delta + first + rows, mask=rows < seqlen_q, other=0.0)
+    row_share = tl.load(share + first + rows, mask=rows < seqlen_q, other=0.0)
+    scale, softcap, alibi_slopes, stride_ab, mask, stride_mb, stride_mh, stride_mq, stride_mk = rules
+    slope, head_mask = alibi_slopes, mask + b * stride_mb + h * stride_mh
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + b * stride_ab + h)
-    rows = i_begin + tl.arange(0, BLOCK_M)
-    statistics = b * stride_lb + h * stride_lh
-    row_lse = load_lse(lse + statistics, rows, seqlen_q, NATURAL)
-    row_delta = tl.load(delta + statistics + rows, mask=rows < seqlen_q, other=0.0)
-    row_share = tl.load(share + statistics + rows, mask=rows < seqlen_q, other=0.0)
-    q = load_rows(query, rows, seqlen_q, stride_qs, None, HEAD_DIM, min(BLOCK_D, INNER), False)
-    dout = load_rows(grad_out, rows, seqlen_q, stride_gs, None, HEAD_DIM_V, min(BLOCK_DV, INNER), False)
-    operands = row_share, j_begin, q, dout, query, grad_out, key, value, rows, row_lse, kept_scale
-    rest = stride_qs, stride_gs, stride_ks, stride_vs, rng, threshold, b * heads_q + h
-    place = seqlen_q, seqlen_k, diagonal, begin_offset, end_offset
-    rules = scale, softcap, slope, mask, stride_mq, stride_mk
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
-    p, dp, _, _ = row_tile(*operands, *rest, *place, *rules, NATURAL, False, *sizes)
+    rules_here = scale, softcap, slope, head_mask, stride_mq, stride_mk
+    rng, threshold, kept_scale = dropout
+    keys_of = key + b * steps_k[0] + h_k * steps_k[1], value + b * steps_v[0] + h_k * steps_v[1], None, None
+    operands = j_begin, row_share, (q, dout, q_lines, g_lines, row_lse), keys_of, (steps_k[2], steps_v[2])
+    rest = (rng, threshold, b * heads[0] + h, kept_scale), place, rules_here
+    p, dp, _, _ = row_tile(
+        *operands, *rest, NATURAL, False, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION, False
+    )
     return p * (dp - row_delta[:, None])
+
+
+@triton.jit
+def _span(owns: tl.constexpr, place, count):
+    """Of `count` positions along a dimension of the scores, [first, last) that a program adds up, and the rest of its
+    place: one position where the mask owns this dimension, else all, because the mask is broadcast along it."""
+    first, last = tl.full((), 0, tl.int32), count
+    if owns:
+        first = place % count
+        last = first + 1
+        place = place // count
+    return first, last, place
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "begin_offset", "end_offset", "threshold", "batch"])
 def mask_gradient_kernel(
-    query,
-    key,
-    value,
-    mask,
-    alibi_slopes,
-    sinks,
-    rng,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    grad_out,
-    lse,
-    delta,
-    share,
+    query, key, value, mask, alibi_slopes, sinks, rng, cu_seqlens_q, cu_seqlens_k,
+    grad_out, lse, delta, share,
     dmask,  # (1 or B, 1 or Hq, 1 or Sq, 1 or Sk) float32, dense
-    batch,
-    heads_q,
-    heads_k,
-    seqlen_q,
-    seqlen_k,
-    begin_offset,
-    end_offset,
-    threshold,
-    scale,
-    softcap,
-    kept_scale,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_mb,
-    stride_mh,
-    stride_mq,
-    stride_mk,
+    batch, heads_q, heads_k, seqlen_q, seqlen_k, begin_offset, end_offset,
+    threshold, scale, softcap, kept_scale,
+    stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
+    stride_mb, stride_mh, stride_mq, stride_mk,
     stride_ab,
-    stride_lb,
-    stride_lh,
-    stride_gb,
-    stride_gh,
-    stride_gs,
+    stride_lb, stride_lh,
+    stride_gb, stride_gh, stride_gs,
     MASK_BATCH: tl.constexpr,  # whether the mask has this dimension, or is broadcast along it
     MASK_HEADS: tl.constexpr,
     MASK_ROWS: tl.constexpr,
@@ -141,46 +83,26 @@ def mask_gradient_kernel(
     BOTTOM_RIGHT: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     INNER: tl.constexpr,
-):
+):  # fmt: skip
     """One program per BLOCK_M x BLOCK_N of the mask, in which it adds up in order."""
-    blocks_m, blocks_n = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
-    place_in_mask = tl.program_id(0)
-    n_begin, n_end = tl.full((), 0, tl.int32), blocks_n
-    if MASK_KEYS:
-        n_begin = place_in_mask % blocks_n
-        n_end = n_begin + 1
-        place_in_mask = place_in_mask // blocks_n
-    m_begin, m_end = tl.full((), 0, tl.int32), blocks_m
-    if MASK_ROWS:
-        m_begin = place_in_mask % blocks_m
-        m_end = m_begin + 1
-        place_in_mask = place_in_mask // blocks_m
-    h_begin, h_end = tl.full((), 0, tl.int32), heads_q
-    if MASK_HEADS:
-        h_begin = place_in_mask % heads_q
-        h_end = h_begin + 1
-        place_in_mask = place_in_mask // heads_q
-    b_begin, b_end = tl.full((), 0, tl.int32), batch
-    if MASK_BATCH:
-        b_begin = place_in_mask
-        b_end = b_begin + 1
+    n_begin, n_end, rest = _span(MASK_KEYS, tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_N))
+    m_begin, m_end, rest = _span(MASK_ROWS, rest, tl.cdiv(seqlen_q, BLOCK_M))
+    h_begin, h_end, rest = _span(MASK_HEADS, rest, heads_q)
+    b_begin, b_end, _ = _span(MASK_BATCH, rest, batch)
 
     lengths = seqlen_q, seqlen_k, begin_offset, end_offset
     _, _, place = place_of(0, cu_seqlens_q, cu_seqlens_k, *lengths, BOTTOM_RIGHT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     zero = tl.full((), 0, tl.int64)
-    heads = query, key, value, grad_out, lse, delta, share, heads_q, heads_k
-    steps = stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs
-    more_steps = stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ab, stride_mb, stride_mh
-    rest = rng, threshold, kept_scale, scale, softcap, alibi_slopes, mask, stride_mq, stride_mk
-    sizes: tl.constexpr = (HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION)
+    steps_q, steps_g = (stride_qb, stride_qh, stride_qs), (stride_gb, stride_gh, stride_gs)
+    steps_k, steps_v = (stride_kb, stride_kh, stride_ks), (stride_vb, stride_vh, stride_vs)
+    tensors, steps = (query, grad_out, key, value), (steps_q, steps_g, steps_k, steps_v)
+    statistics = lse, delta, share, stride_lb, stride_lh
+    rules = scale, softcap, alibi_slopes, stride_ab, mask, stride_mb, stride_mh, stride_mq, stride_mk
+    operands = tensors, steps, statistics, (heads_q, heads_k), (rng, threshold, kept_scale), place, rules
     seen = n_begin * BLOCK_N < m_end * BLOCK_M - 1 + place[4]
     seen = seen & (n_end * BLOCK_N > m_begin * BLOCK_M + place[3])
     count_m, count_n, count_h = m_end - m_begin, n_end - n_begin, h_end - h_begin
@@ -189,7 +111,9 @@ def mask_gradient_kernel(
         n, m = n_begin + tile % count_n, m_begin + tile // count_n % count_m
         head = tile // count_n // count_m
         where = zero + b_begin + head // count_h, zero + h_begin + head % count_h, m * BLOCK_M, n * BLOCK_N
-        total += _tile(*where, *heads, *steps, *more_steps, *rest, *place, NATURAL, *sizes)
+        total += _tile(
+            *where, *operands, NATURAL, HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION
+        )
 
     matrix = zero
     if MASK_BATCH:

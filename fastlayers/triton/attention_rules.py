@@ -30,21 +30,21 @@ def place_of(b, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, begin_offset, en
 
 
 @triton.jit
-def row_at(x, row, stride):
-    """Where a row begins. Rows that a loop reads are counted from there: their places do not change then."""
-    return x + (tl.full((), 0, tl.int64) + row) * stride
+def lines_from(x, start, count, stride, BLOCK: tl.constexpr):
+    """BLOCK rows of a head with `count`, from `start` on, as load_rows takes them: (where the first one lies, numbers
+    from there, how many there are, stride). The numbers are the same in every turn of a loop."""
+    return x + (tl.full((), 0, tl.int64) + start) * stride, tl.arange(0, BLOCK), count - start, stride
 
 
 @triton.jit
-def load_rows(
-    rows_at, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
-):
-    """(rows, COLUMNS) of a head, from first_column on (None: the first): 0 behind column DIM and behind row `count`,
-    unless all are before it (WHOLE)."""
+def load_rows(lines, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows, COLUMNS), from first_column on (None: the first): 0 behind column DIM and behind the last row, unless all
+    are before it (WHOLE)."""
+    x, rows, count, stride = lines
     columns = tl.arange(0, COLUMNS)
     if first_column is not None:
         columns += first_column
-    at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     ALL: tl.constexpr = DIM == COLUMNS and first_column is None
     if WHOLE and ALL:
         return tl.load(at)
@@ -56,40 +56,28 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(rows_at, x, rows, count, stride, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rows(lines, x, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
     """Narrowed x to where load_rows reads."""
+    out, rows, count, stride = lines
     columns = first_column + tl.arange(0, COLUMNS)
-    at = rows_at + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = (rows[:, None] < count) & (columns[None, :] < DIM)
-    tl.store(at, narrow(x, rows_at.dtype.element_ty), mask=mask)
+    at = out + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(at, narrow(x, out.dtype.element_ty), mask=(rows[:, None] < count) & (columns[None, :] < DIM))
 
 
 @triton.jit
 def products_of(
     a,  # the first INNER columns of a's rows
-    b,
-    a_at,
-    a_rows,
-    a_count,
-    stride_a,
-    b_at,
-    b_rows,
-    b_count,
-    stride_b,
-    DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b, a_lines, b_lines,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """a b' of rows with DIM columns. Where registers hold no more than INNER columns, both are read piece by piece."""
-    total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
     if INNER >= COLUMNS:
         total = dot(a, tl.trans(b), total, PRECISION)
     else:
         for column in range(0, DIM, INNER):
-            x = load_rows(a_at, a_rows, a_count, stride_a, column, DIM, INNER, False)
-            y = load_rows(b_at, b_rows, b_count, stride_b, column, DIM, INNER, WHOLE)
+            x = load_rows(a_lines, column, DIM, INNER, False)
+            y = load_rows(b_lines, column, DIM, INNER, WHOLE)
             total = dot(x, tl.trans(y), total, PRECISION)
     return total
 
@@ -129,24 +117,17 @@ def split_queries(j_begin, j_end, begin_offset, end_offset, seqlen_q, BLOCK: tl.
 
 
 @triton.jit
-def scores_of(
-    products,  # q . k
-    i,
-    j,
-    seqlen_q,
-    seqlen_k,
-    diagonal,
-    begin_offset,
-    end_offset,
-    scale,
-    softcap,
-    slope,  # of ALiBi, for the head
-    mask,  # at the head: uint8 hides where it is 0, floating is added
-    stride_mq,
-    stride_mk,
-    WHOLE: tl.constexpr,  # nothing is hidden, and there is no mask
-):
-    """(scores, -inf where hidden; the softcap's slope there)."""
+def scores_of(products, i, j, place, rules, WHOLE: tl.constexpr):
+    """(scores, -inf where hidden; the softcap's slope there).
+
+    products: q . k
+    place: of place_of
+    rules: (scale, softcap, ALiBi's slope for the head, the mask at the head, its strides of rows and keys), None where
+        there is none; a mask of uint8 hides where it is 0, a floating one is added
+    WHOLE: nothing is hidden, and there is no mask
+    """
+    seqlen_q, seqlen_k, diagonal, begin_offset, end_offset = place
+    scale, softcap, slope, mask, stride_mq, stride_mk = rules
     x = products * scale
     curve = 1.0
     if softcap is not None:

@@ -77,9 +77,8 @@ TILES = {
     100: {2: _BLACKWELL, 4: {**_WIDE_THREE_TF32, "key_gradient": {256: (Tile(32, 64, 32, 8, 1),)}}},
     120: {2: _SMALL_BLACKWELL, 4: _THREE_TF32},
 }
-_DESCRIBED_KINDS = ("forward",)
-# Per itemsize. Float32 in pieces, as on GPUs: NumPy adds a product's terms one by one, and 256 of them round too often.
-_INTERPRETER = {2: Tile(128, 64, _ALL, 4, 1), 4: Tile(128, 64, 64, 4, 1)}
+_UNDESCRIBED = {(120, "query_gradient", 64)}  # with descriptors, these tiles would spill
+_INTERPRETER = Tile(128, 64, _ALL, 4, 1)
 
 
 def candidates(arch, itemsize, kind, dim, describable=True):
@@ -89,10 +88,11 @@ def candidates(arch, itemsize, kind, dim, describable=True):
     """
     nearest = max((known for known in TILES if known <= arch), default=min(TILES))
     table = TILES[nearest][itemsize][kind]
-    found = table[min(width for width in table if width >= dim)]
-    if not describable or kind not in _DESCRIBED_KINDS or nearest < 90 or itemsize > 2:
+    width = min(width for width in table if width >= dim)
+    found = table[width]
+    if not describable or nearest < 90 or itemsize > 2 or (nearest, kind, width) in _UNDESCRIBED:
         return found
-    return (*found, *(replace(tile, descriptors=True) for tile in found))
+    return (*found, *(replace(tile, descriptors=True) for tile in found if tile.inner == _ALL))
 
 
 def choose(kind, inputs, describable, programs, measure=None):
@@ -102,7 +102,7 @@ def choose(kind, inputs, describable, programs, measure=None):
     programs: function(tile), how many a launch has; measure: function(tile) that launches, or None
     """
     if knobs.runtime.interpret:
-        return _INTERPRETER[inputs.query.dtype.itemsize]
+        return _INTERPRETER
     itemsize, dim = inputs.query.dtype.itemsize, max(inputs.head_dims)
     found = candidates(tiles.current_gpu().arch, itemsize, kind, dim, describable)
     sizes = tiles.bits(inputs.batch * inputs.heads, inputs.seqlen_q, inputs.seqlen_k, dim)

@@ -48,7 +48,7 @@ def _has_aligned_rows(tensor):
     if not is_real(tensor) or 1 not in steps or tensor.data_ptr() % 16:
         return False
     steps.remove(1)
-    return all(step * tensor.itemsize % 16 == 0 for step in steps)
+    return all(step > 0 and step * tensor.itemsize % 16 == 0 for step in steps)
 
 
 def with_scratch(launch, tile):

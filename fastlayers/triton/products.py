@@ -44,24 +44,12 @@ def load_block(x, row, k, K_DENSE: tl.constexpr):
 def multiply(
     total,
     a,  # a pointer; with DESCRIPTORS, a descriptor of a, and of b'; A_DENSE: along k
-    b,
-    row,
-    column,
-    m,
-    n,
-    first,
-    last,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    A_DENSE: tl.constexpr,
-    B_DENSE: tl.constexpr,
-    SPECIALISED: tl.constexpr,
-):
+    b, row, column,
+    m, n, first, last,
+    stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr, SPECIALISED: tl.constexpr,
+):  # fmt: skip
     """total + a[rows, first:last] @ b[first:last, columns] of the tile at (row, column); a has m rows, b n columns."""
     if DESCRIPTORS:
         for start in tl.range(first, last, BLOCK_K, warp_specialize=SPECIALISED):
@@ -86,29 +74,12 @@ def multiply(
 
 @triton.jit
 def multiply_both(
-    total,
-    total_up,
-    a,
-    b,
-    b_up,
-    row,
-    column,
-    m,
-    n,
-    k,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    stride_uk,
-    stride_un,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    A_DENSE: tl.constexpr,
-    B_DENSE: tl.constexpr,
-    SPECIALISED: tl.constexpr,
-):
+    total, total_up, a, b, b_up, row, column,
+    m, n, k,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr, SPECIALISED: tl.constexpr,
+):  # fmt: skip
     """(total + a[rows] @ b[:, columns], total_up + a[rows] @ b_up[:, columns]), with one read of a."""
     if DESCRIPTORS:
         for start in tl.range(0, k, BLOCK_K, warp_specialize=SPECIALISED):
@@ -136,45 +107,27 @@ def multiply_both(
 
 @triton.jit
 def _product_tile(
-    tile,
-    a,
-    b,
-    a_up,
-    b_up,
-    out,
-    m,
-    n,
-    k,
-    k_part,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    stride_uk,
-    stride_un,
+    tile, a, b, a_up, b_up, out,
+    m, n, k, k_part,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    A_DENSE: tl.constexpr,
-    B_DENSE: tl.constexpr,
-    SPECIALISED: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr, SPECIALISED: tl.constexpr,
+):  # fmt: skip
     """Apart from its kernel: one loop for both, PERSISTENT or not, takes registers, and tiles of older GPUs spill."""
     part = tl.program_id(1)
     first = part * k_part
     last = tl.minimum(first + k_part, k)
     row, column = tile_at(tile, m, n, BLOCK_M, BLOCK_N, GROUP)
     place = row, column, m, n, first, last
-    form: tl.constexpr = (BLOCK_K, PRECISION, DESCRIPTORS, A_DENSE, B_DENSE, SPECIALISED)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     strides = stride_am, stride_ak, stride_bk, stride_bn
-    total = multiply(total, a, b, *place, *strides, *form)
+    total = multiply(total, a, b, *place, *strides, BLOCK_K, PRECISION, DESCRIPTORS, A_DENSE, B_DENSE, SPECIALISED)
     if a_up is not None:
         strides_up = stride_am, stride_ak, stride_uk, stride_un
-        total = multiply(total, a_up, b_up, *place, *strides_up, *form)
+        total = multiply(
+            total, a_up, b_up, *place, *strides_up, BLOCK_K, PRECISION, DESCRIPTORS, A_DENSE, B_DENSE, SPECIALISED
+        )
     rows, columns = positions(row, BLOCK_M), positions(column, BLOCK_N)
     at = (part.to(tl.int64) * m + rows[:, None]) * n + columns[None, :]
     store(out + at, total, (rows[:, None] < m) & (columns[None, :] < n))
@@ -187,27 +140,14 @@ def product_kernel(
     a_up,  # (m, k), strides of a; or None
     b_up,  # (k, n)
     out,  # (parts, m, n), dense
-    m,
-    n,
-    k,
+    m, n, k,
     k_part,  # how much of k each part, grid axis 1, adds up
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    stride_uk,
-    stride_un,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    A_DENSE: tl.constexpr,
-    B_DENSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr, DESCRIPTORS: tl.constexpr, A_DENSE: tl.constexpr, B_DENSE: tl.constexpr,
     SPECIALISED: tl.constexpr,
-):
+):  # fmt: skip
     """out = a b + a_up b_up, in parts of k."""
     if DESCRIPTORS:
         a = described(a, m, k, stride_am, stride_ak, BLOCK_M, BLOCK_K, A_DENSE)
@@ -217,11 +157,16 @@ def product_kernel(
             b_up = described(b_up, n, k, stride_un, stride_uk, BLOCK_N, BLOCK_K, B_DENSE)
     operands = a, b, a_up, b_up, out, m, n, k, k_part
     strides = stride_am, stride_ak, stride_bk, stride_bn, stride_uk, stride_un
-    sizes: tl.constexpr = (PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTORS, A_DENSE, B_DENSE)
     if PERSISTENT:
         tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
         first, step = tl.program_id(0), tl.num_programs(0)
         for tile in tl.range(first, tiles, step, flatten=True, warp_specialize=SPECIALISED):
-            _product_tile(tile, *operands, *strides, *sizes, False)
+            _product_tile(
+                tile, *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTORS, A_DENSE, B_DENSE,
+                False,
+            )  # fmt: skip
     else:
-        _product_tile(tl.program_id(0), *operands, *strides, *sizes, SPECIALISED)
+        _product_tile(
+            tl.program_id(0), *operands, *strides, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, DESCRIPTORS, A_DENSE,
+            B_DENSE, SPECIALISED,
+        )  # fmt: skip

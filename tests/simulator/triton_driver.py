@@ -35,12 +35,12 @@ class _Launcher:
 
 def _flat(types, args):
     """The kernel's arguments: what is no constant, descriptors as Triton passes them without hardware for them."""
-    from triton.backends.driver import decompose_descriptor
-
     for kind, arg in zip(types, args):
         if isinstance(kind, tuple):
             yield from _flat(kind, arg)
         elif kind.startswith("tensordesc"):
+            from triton.backends.driver import decompose_descriptor  # from Triton 3.8 on
+
             yield from decompose_descriptor(arg)
         elif kind != "constexpr":
             yield arg
