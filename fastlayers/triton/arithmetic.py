@@ -25,7 +25,7 @@ def store(pointers, x, mask):
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, summed in float32. PRECISION: of float32 factors, "ieee", "tf32x3" or "tf32".
+    """total + a @ b, summed in float32. PRECISION: of float32 factors, as tl.dot has it.
 
     The interpreter sums in float64: it multiplies no bfloat16, and its order of summation is no GPU's. How accurate a
     product is, compiled kernels show.

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from fastlayers.reference.philox import dropout_scale, dropout_threshold
+from fastlayers.triton import attention_tiles, tiles
 from fastlayers.triton.launch import precision
 
 FAR = 1 << 29  # further than any two positions of a sequence
@@ -151,12 +152,17 @@ def arguments(inputs):
         "stride_ab": inputs.heads if slopes is not None and slopes.dim() == 2 else 0,
         "BOTTOM_RIGHT": inputs.bottom_right,
         "NATURAL": inputs.natural,
-        "PRECISION": precision(inputs.query.dtype),
+        "PRECISION": _precision(inputs.query.dtype),
         "HEAD_DIM": inputs.head_dims[0],
         "HEAD_DIM_V": inputs.head_dims[1],
         "BLOCK_D": padded(inputs.head_dims[0]),
         "BLOCK_DV": padded(inputs.head_dims[1]),
     }
+
+
+def _precision(dtype):
+    usual = precision(dtype)
+    return attention_tiles.parts(tiles.current_gpu().arch) if usual == "tf32x3" else usual
 
 
 def _offsets(inputs):

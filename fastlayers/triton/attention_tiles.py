@@ -9,7 +9,7 @@ from fastlayers.triton.tiles import Tile
 
 # Per kernel and wider head_dim, rows x columns of the scores; inner: columns of a head that are in registers at a time.
 # Where that is not all of them, a program computes `inner` columns of the output, and the scores are computed again for
-# the next: for float32, whose three TF32 products hold both factors in registers, and on sm_75, where Triton multiplies
+# the next: for float32, whose products of parts hold both factors in registers, and on sm_75, where Triton multiplies
 # by plain arithmetic. Chosen for what tests/test_attention_triton.py checks: shared memory, no spills, wgmma on sm_90,
 # tcgen05 on sm_100; no GPU has measured them.
 _ALL = 256
@@ -53,14 +53,15 @@ _SMALL_BLACKWELL = {
     "query_gradient": {**_AMPERE["query_gradient"], 256: (Tile(64, 32, _ALL, 8, 1),)},
     "key_gradient": {**_AMPERE["key_gradient"], 64: (Tile(32, 64, _ALL, 4, 2),)},
 }
-_THREE_TF32 = {
+_PARTS = {
     "forward": {256: (Tile(64, 32, 32, 8, 1),)},
     "query_gradient": {256: (Tile(32, 32, 32, 4, 1),)},
     "key_gradient": {256: (Tile(16, 32, 32, 4, 1),)},
     "decode": {256: (Tile(64, 32, 32, 8, 1),)},
 }
-_WIDE_THREE_TF32 = {
-    **_THREE_TF32,
+_FEW_ROWS = {256: (Tile(16, 64, 32, 8, 1),)}
+_WIDE_PARTS = {
+    **_PARTS,
     "query_gradient": {256: (Tile(64, 32, 32, 4, 1),)},
     "key_gradient": {256: (Tile(32, 64, 32, 4, 1),)},
 }
@@ -72,13 +73,19 @@ _PLAIN = {
 }
 TILES = {
     75: {2: _PLAIN, 4: _PLAIN},
-    80: {2: _AMPERE, 4: _THREE_TF32},
-    90: {2: _HOPPER, 4: _WIDE_THREE_TF32},
-    100: {2: _BLACKWELL, 4: {**_WIDE_THREE_TF32, "key_gradient": {256: (Tile(32, 64, 32, 8, 1),)}}},
-    120: {2: _SMALL_BLACKWELL, 4: _THREE_TF32},
+    80: {2: _AMPERE, 4: {**_PARTS, "query_gradient": _FEW_ROWS, "key_gradient": _FEW_ROWS}},
+    90: {2: _HOPPER, 4: _WIDE_PARTS},
+    100: {2: _BLACKWELL, 4: {**_WIDE_PARTS, "key_gradient": {256: (Tile(32, 64, 32, 8, 1),)}}},
+    120: {2: _SMALL_BLACKWELL, 4: _PARTS},
 }
 _UNDESCRIBED = {(120, "query_gradient", 64)}  # with descriptors, these tiles would spill
 _INTERPRETER = Tile(128, 64, _ALL, 4, 1)
+
+
+def parts(arch):
+    """How tensor cores multiply float32, from sm_80 on: by six products of bfloat16 parts, which take as long as three
+    of TF32 parts and err about half as much; by the latter where registers would spill."""
+    return "bf16x6" if arch < 120 else "tf32x3"
 
 
 def candidates(arch, itemsize, kind, dim, describable=True):
