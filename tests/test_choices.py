@@ -9,6 +9,7 @@ import fastlayers
 from fastlayers import backends, bench, choices, cli, ops
 from fastlayers.benchmarks import tune
 from fastlayers.choices import Choice
+from tests import simulator
 from tests.backends import BACKENDS, SIMULATED
 from tests.simulator import shipped_choices
 
@@ -57,6 +58,22 @@ def test_every_shipped_entry_says_where_it_comes_from():
     for shipped in choices.read(choices.SHIPPED):
         assert shipped.source.startswith(("estimated: ", "measured: ")) and shipped.backends
         assert shipped.op in backends._reasons and set(shipped.backends) <= set(backends.NAMES)
+
+
+@pytest.mark.skipif(not {"cuda", "triton"} <= set(BACKENDS["adam"]) or not SIMULATED, reason="needs nvcc and triton")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_counts_behind_the_shipped_entries(arch):
+    """As simulated now: other compilers may count a little otherwise."""
+    simulator.install(arch)
+    try:
+        for backend in ("cuda", "triton"):
+            shipped = shipped_choices.COUNTS[arch, 64, backend]
+            counted = shipped_choices.count_attention(64, backend)
+            for (products, instructions), (products_now, instructions_now) in zip(shipped, counted):
+                assert products_now == products
+                assert instructions_now == pytest.approx(instructions, rel=0.2)
+    finally:
+        simulator.uninstall()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", "[{}]", '[{"op": "attention"}]'])

@@ -14,6 +14,7 @@ from fastlayers import backends, choices, ops
 from fastlayers.benchmarks.runner import Candidate, Case, Setting, run_case
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ATTENTION = tuple((16384 // seqlen, 16, seqlen, dim) for seqlen in (512, 2048, 8192) for dim in (64, 128))  # B, H, S, D
 LAYERS = ((16, 4096, 4096), (512, 1024, 4096), (4096, 1024, 4096), (8192, 4096, 4096))  # rows, in and out features
 SECONDS, QUICK_SECONDS = 2.0, 0.3  # of timing per call
 
@@ -39,9 +40,8 @@ def grid():
     """The calls that are timed: about 16 k tokens of causal attention, layers of common widths, one-token decoding."""
     for dtype in DTYPES:
         for gradient in (False, True):
-            for seqlen in (512, 2048, 8192):
-                for head_dim in (64, 128):
-                    yield _attention(dtype, gradient, (16384 // seqlen, 16, seqlen, head_dim))
+            for shape in ATTENTION:
+                yield _attention(dtype, gradient, shape)
             for sizes in LAYERS:
                 yield _linear("linear_act", 1, dtype, gradient, *sizes)
                 yield _linear("gated_linear_act", 2, dtype, gradient, *sizes)

@@ -4,16 +4,35 @@ For linear layers the choice is between one fused kernel, and cuBLAS followed by
 bounds (work over the published rates of gpus.py) tell two things apart: the pass moves the output through DRAM once
 more, and the fused kernel multiplies with mma.sync, which reaches 0.63 of the tensor cores' rate on Hopper, where
 cuBLAS has wgmma (Luo et al. 2024, arXiv:2402.13499), and in float32 with three TF32 products, where cuBLAS takes plain
-FFMA. How close to its bound either comes they do not know.
+FFMA.
+
+For attention in 16 bits it is between the CUDA kernels and Triton's, by what the simulator counts of each: products,
+which Triton's kernels compute with wgmma on Hopper, but in the backward more often; and instructions to issue.
+
+How close to its bound a kernel comes these bounds do not know.
 """
 
 import torch
 
-from fastlayers.benchmarks.tune import DTYPES, LAYERS
+from fastlayers import ops
+from fastlayers.benchmarks.tune import ATTENTION, DTYPES, LAYERS
 from fastlayers.choices import SHIPPED, Choice, write
+from tests import simulator
 from tests.simulator.gpus import GPUS
 
 MMA_SYNC_ON_HOPPER = 0.63
+# (architecture, head_dim, backend): forward, backward; each (products of 64 x 64 x head_dim, instructions of a warp
+# without moves) per 64 x 64 scores, as count_attention() had it with nvcc 13.0 and Triton 3.9.
+COUNTS = {
+    ("sm_80", 64, "cuda"): ((2, 1218), (5, 3026)),
+    ("sm_80", 64, "triton"): ((2, 1884), (7, 3940)),
+    ("sm_80", 128, "cuda"): ((2, 1828), (5, 5692)),
+    ("sm_80", 128, "triton"): ((2, 2346), (7, 7253)),
+    ("sm_90", 64, "cuda"): ((2, 1218), (5, 3058)),
+    ("sm_90", 64, "triton"): ((2, 1332), (9, 5334)),
+    ("sm_90", 128, "cuda"): ((2, 1828), (5, 5756)),
+    ("sm_90", 128, "triton"): ((2, 1919), (11, 9965)),
+}
 MODELS = ("T4", "A100", "H100")  # one per architecture that the library is compiled for
 
 
@@ -39,12 +58,52 @@ def bounds(gpu, op, dtype, gradient, rows, in_features, out_features):
     return times[0], times[1] + (weights + 1) * output / gpu.dram
 
 
+def count_attention(head_dim, backend):
+    """An entry of COUNTS, of a head of 512 rows and keys in bfloat16, on the simulator that is installed."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [t.requires_grad_() for t in torch.randn(3, 1, 1, 512, head_dim, generator=generator).bfloat16()]
+    with simulator.record() as launches:
+        out = ops.attention(*tensors, backend=backend)
+        forward = len(launches)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
+    passes = [[launch.counts for launch in some] for some in (launches[:forward], launches[forward:])]
+    flops = [sum(counts["mma_flops"] for counts in some) for some in passes]
+    issued = [sum(counts["total"] - counts["classes"]["move"] for counts in some) for some in passes]
+    return tuple((f / (2 * 512 * 512 * head_dim), i / 64) for f, i in zip(flops, issued))
+
+
+def attention_bound(gpu, backend, gradient, batch, heads, seqlen, head_dim):
+    """Seconds at least of causal attention in 16 bits."""
+    clocks, (forward, backward) = 0, COUNTS[gpu.arch, head_dim, backend]
+    share = MMA_SYNC_ON_HOPPER if (gpu.arch, backend) == ("sm_90", "cuda") else 1.0
+    for products, instructions in (forward, backward) if gradient else (forward,):
+        multiply = products * 2 * 64 * 64 * head_dim / (share * gpu.tensor)
+        exponentials = 64 * 64 / gpu.lanes["special"]
+        clocks += max(multiply, instructions / gpu.schedulers, exponentials)
+    return clocks * batch * heads * (seqlen / 64) ** 2 / 2 / gpu.multiprocessors / gpu.clock
+
+
+def _attention_entries(gpu, dtype, gradient):
+    for batch, heads, seqlen, head_dim in ATTENTION:
+        times = {
+            name: attention_bound(gpu, name, gradient, batch, heads, seqlen, head_dim) for name in ("cuda", "triton")
+        }
+        order = tuple(sorted(times, key=times.get))
+        source = f"estimated: lower bounds on {gpu.name}, {1e6 * times['cuda']:.0f} us in CUDA C++, "
+        source += f"{1e6 * times['triton']:.0f} us in Triton"
+        name = str(dtype).removeprefix("torch.")
+        yield Choice("attention", gpu.arch, name, gradient, (batch * heads, seqlen, seqlen, head_dim), order, source)
+
+
 def entries():
     """The shipped table."""
     for gpu in (gpu for name in MODELS for gpu in GPUS if gpu.name == name):
         for dtype in DTYPES:
             if (gpu.arch, dtype) == ("sm_75", torch.bfloat16):
                 continue
+            if gpu.arch != "sm_75" and dtype != torch.float32:  # on sm_75 Triton has no tensor cores
+                for gradient in (False, True):
+                    yield from _attention_entries(gpu, dtype, gradient)
             for op in ("linear_act", "gated_linear_act"):
                 for gradient in (False, True):
                     for sizes in LAYERS:
