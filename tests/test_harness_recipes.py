@@ -4,6 +4,8 @@ one neuron against the calculation by hand."""
 import importlib.util
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy
@@ -99,9 +101,31 @@ def test_folders_that_hold_no_classes(tmp_path):
 
 
 def test_the_whole_of_mnist_needs_torchvision(tmp_path, monkeypatch):
-    monkeypatch.setitem(importlib.import_module("sys").modules, "torchvision.datasets", None)
-    with pytest.raises(UserError, match="--mnist needs torchvision"):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match="--mnist needs the torchvision that belongs to torch 2"):
         images.mnist(tmp_path)
+
+
+class WholeMNIST:
+    """What torchvision.datasets.MNIST gives, in small."""
+
+    def __init__(self, folder, train, download):
+        assert download
+        count = 30 if train else 10
+        self.data = torch.full((count, 28, 28), 255 if train else 51, dtype=torch.uint8)
+        self.targets = torch.arange(count) % 10
+
+    def __len__(self):
+        return len(self.data)
+
+
+def test_the_whole_of_mnist_keeps_its_own_split(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(MNIST=WholeMNIST))
+    data = images.mnist(tmp_path)
+    assert data.train["input"].shape == (30, 1, 28, 28) and data.test["input"].shape == (10, 1, 28, 28)
+    assert (data.train["input"] == 1).all() and torch.allclose(data.test["input"], torch.tensor(0.2))
+    assert data.train["labels"].tolist() == [*range(10)] * 3 and data.classes == [str(digit) for digit in range(10)]
 
 
 # Text.

@@ -44,8 +44,8 @@ def _dataset(source, images, labels, held_out, classes, bad_rows=()):
 def _full_mnist(folder):
     try:
         from torchvision.datasets import MNIST
-    except ImportError as error:
-        raise UserError("--mnist needs torchvision: pip install torchvision") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+        raise UserError(f"--mnist needs the torchvision that belongs to torch {torch.__version__}: {error}") from error
     try:
         parts = [MNIST(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
