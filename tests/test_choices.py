@@ -60,6 +60,14 @@ def test_every_shipped_entry_says_where_it_comes_from():
         assert shipped.op in backends._reasons and set(shipped.backends) <= set(backends.NAMES)
 
 
+@pytest.mark.parametrize(
+    "capability, first", [((8, 0), "cuda"), ((9, 0), "triton"), ((10, 0), "triton"), ((12, 0), "cuda")]
+)
+def test_attention_without_gradients_goes_by_the_tensor_cores(capability, first):
+    assert find(capability, sizes=(128, 2048, 2048, 64)).backends[0] == first
+    assert find(capability, sizes=(128, 2048, 2048, 64), gradient=True).backends[0] == "cuda"
+
+
 @pytest.mark.skipif(not {"cuda", "triton"} <= set(BACKENDS["adam"]) or not SIMULATED, reason="needs nvcc and triton")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_counts_behind_the_shipped_entries(arch):

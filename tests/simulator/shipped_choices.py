@@ -12,6 +12,8 @@ which Triton's kernels compute with wgmma on Hopper, but in the backward more of
 How close to its bound a kernel comes these bounds do not know.
 """
 
+from dataclasses import replace
+
 import torch
 
 from fastlayers import ops
@@ -104,6 +106,8 @@ def entries():
             if gpu.arch != "sm_75" and dtype != torch.float32:  # on sm_75 Triton has no tensor cores
                 for gradient in (False, True):
                     yield from _attention_entries(gpu, dtype, gradient)
+                    if gpu.arch == "sm_80":  # sm_120 has its instructions, not those of sm_90
+                        yield from (replace(entry, arch="sm_120") for entry in _attention_entries(gpu, dtype, gradient))
             for op in ("linear_act", "gated_linear_act"):
                 for gradient in (False, True):
                     for sizes in LAYERS:
