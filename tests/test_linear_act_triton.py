@@ -356,6 +356,7 @@ def test_what_descriptors_can_read():
     assert launch.describable(x, x.t(), x[1:, 8:], x.view(2, 5, 64))
     for other in (x[:, 1:], x[:, ::2], torch.zeros(10, 60, dtype=torch.float16), x.expand(2, 10, 64)[..., 4:]):
         assert not launch.describable(x, other)
+    assert not launch.describable(x[:1].expand(10, 64))  # rows that are one
     with torch._subclasses.FakeTensorMode():
         assert not launch.describable(torch.zeros(10, 64))
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from fastlayers.triton.arithmetic import dot, narrow
 from fastlayers.triton.attention_rules import (
     LN2,
+    described_heads,
     dropout_keep,
     edge_block,
     exponential,
@@ -17,7 +18,6 @@ from fastlayers.triton.attention_rules import (
     split_keys,
     store_rows,
 )
-from fastlayers.triton.products import described
 
 
 @triton.jit
@@ -148,9 +148,8 @@ def forward_kernel(
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
     heads = key, value, None, None
     if DESCRIPTORS:
-        described_key = described(key, seqlen_k, HEAD_DIM, stride_ks, 1, BLOCK_N, BLOCK_D, True)
-        described_value = described(value, seqlen_k, HEAD_DIM_V, stride_vs, 1, BLOCK_N, BLOCK_DV, True)
-        heads = key, value, described_key, described_value
+        sides = key, value, seqlen_k, stride_ks, stride_vs
+        heads = described_heads(*sides, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV)
     slope, head_mask = alibi_slopes, mask
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + b * stride_ab + h)

@@ -13,6 +13,7 @@ from fastlayers.triton.arithmetic import dot, narrow
 from fastlayers.triton.attention_rules import (
     LN2,
     LOG2E,
+    described_heads,
     dropout_keep,
     edge_block,
     exponential,
@@ -24,7 +25,6 @@ from fastlayers.triton.attention_rules import (
     split_keys,
     store_rows,
 )
-from fastlayers.triton.products import described
 
 
 @triton.jit
@@ -94,6 +94,26 @@ def row_tile(
 
 
 @triton.jit
+def _row_sums(
+    first, last, rows_of, heads, steps, dropout, place, rules,
+    NATURAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(sum of p, sum of p dropout(dp)) over the keys [first, last)."""
+    mass = tl.zeros_like(rows_of[4])
+    sums = tl.zeros_like(rows_of[4])
+    for start in range(first, last, BLOCK_N):
+        p, dp, _, _ = row_tile(
+            start, None, rows_of, heads, steps, dropout, place, rules, NATURAL, False, HEAD_DIM, HEAD_DIM_V, BLOCK_N,
+            BLOCK_D, BLOCK_DV, INNER, PRECISION, False,
+        )  # fmt: skip
+        mass += tl.sum(p, 1)
+        sums += tl.sum(p * dp, 1)
+    return mass, sums
+
+
+@triton.jit
 def _add_keys(
     total, column, start, share, delta, rows_of, heads, steps, dropout, place, rules,
     NATURAL: tl.constexpr, WHOLE: tl.constexpr,
@@ -158,9 +178,8 @@ def query_gradient_kernel(
     value += b * stride_vb + h_k * stride_vh + first_k * stride_vs
     heads = key, value, None, None
     if DESCRIPTORS:
-        described_key = described(key, seqlen_k, HEAD_DIM, stride_ks, 1, BLOCK_N, BLOCK_D, True)
-        described_value = described(value, seqlen_k, HEAD_DIM_V, stride_vs, 1, BLOCK_N, BLOCK_DV, True)
-        heads = key, value, described_key, described_value
+        sides = key, value, seqlen_k, stride_ks, stride_vs
+        heads = described_heads(*sides, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV)
     slope, head_mask = alibi_slopes, mask
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + b * stride_ab + h)
@@ -185,15 +204,10 @@ def query_gradient_kernel(
         o = load_rows(o_lines, None, HEAD_DIM_V, BLOCK_DV, False).to(tl.float32)
         row_delta = tl.sum(load_rows(g_lines, None, HEAD_DIM_V, BLOCK_DV, False).to(tl.float32) * o, 1)
     else:
-        mass = tl.zeros((BLOCK_M,), tl.float32)
-        sums = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(first, full_end + (edges - (full_begin - first) // BLOCK_N) * BLOCK_N, BLOCK_N):
-            p, dp, _, _ = row_tile(
-                start, None, *rest, NATURAL, False, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER,
-                PRECISION, DESCRIPTORS,
-            )  # fmt: skip
-            mass += tl.sum(p, 1)
-            sums += tl.sum(p * dp, 1)
+        last = full_end + (edges - (full_begin - first) // BLOCK_N) * BLOCK_N
+        mass, sums = _row_sums(
+            first, last, *rest, NATURAL, HEAD_DIM, HEAD_DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV, INNER, PRECISION
+        )
         if sinks is not None:
             mass += exponential(tl.load(sinks + h) - row_lse, NATURAL, True)
         row_share = 1.0 / tl.where(mass == 0.0, 1.0, mass)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastlayers.triton.activations import tanh
 from fastlayers.triton.arithmetic import dot, narrow
+from fastlayers.triton.products import described
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -80,6 +81,18 @@ def products_of(
             y = load_rows(b_lines, column, DIM, INNER, WHOLE)
             total = dot(x, tl.trans(y), total, PRECISION)
     return total
+
+
+@triton.jit
+def described_heads(
+    key, value, seqlen_k, stride_ks, stride_vs,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(key, value, tensor descriptors of BLOCK_N rows of both)."""
+    described_key = described(key, seqlen_k, HEAD_DIM, stride_ks, 1, BLOCK_N, BLOCK_D, True)
+    described_value = described(value, seqlen_k, HEAD_DIM_V, stride_vs, 1, BLOCK_N, BLOCK_DV, True)
+    return key, value, described_key, described_value
 
 
 @triton.jit
