@@ -4,6 +4,7 @@
 //   p = exp(s - lse), dp = dropout(do v'), ds = p (dp - delta), delta = do . o - dlse
 #pragma once
 
+#include "attention/cpu_few_rows.h"
 #include "attention/cpu_scores.h"
 
 namespace fl::FL_ISA {
@@ -123,7 +124,7 @@ class KeyBlock {
 
  public:
   KeyBlock(const AttentionForward& p, Arena& arena) : p_(p), qk_{p.head_dim}, v_{p.head_dim_v} {
-    k_rows_ = arena.take<float>(kBlockN * qk_.row_units());
+    k_rows = arena.take<float>(kBlockN * qk_.row_units());
     v_rows_ = arena.take<float>(kBlockN * v_.row_units());
     k_pairs_ = arena.take<float>(column_units(qk_, kBlockN));
     k_panels = arena.take<float>(kBlockN / kPanel * qk_.panel_stride());
@@ -133,21 +134,21 @@ class KeyBlock {
   void load(int64_t b, const Sequence& seq, int64_t head_k, int64_t j0) {
     const int64_t keys = least(kBlockN, seq.seqlen_k - j0), padded = round_up(keys, kPanel);
     pack_rows(qk_, row_at<const T>(p_.k, b, head_k, seq.k_row + j0), p_.k.stride_s, keys, padded,
-              k_rows_);
+              k_rows);
     pack_rows(v_, row_at<const T>(p_.v, b, head_k, seq.k_row + j0), p_.v.stride_s, keys, padded,
               v_rows_);
-    k_columns = pack_columns(qk_, k_rows_, padded, k_pairs_);
-    pack_transposed(qk_, k_rows_, padded, k_panels);
+    k_columns = pack_columns(qk_, k_rows, padded, k_pairs_);
+    pack_transposed(qk_, k_rows, padded, k_panels);
     pack_transposed(v_, v_rows_, padded, v_panels);
   }
 
   const float* k_columns = nullptr;
-  float *k_panels, *v_panels;
+  float *k_rows, *k_panels, *v_panels;
 
  private:
   const AttentionForward& p_;
   const Layout<Dot> qk_, v_;
-  float *k_rows_, *v_rows_, *k_pairs_;
+  float *v_rows_, *k_pairs_;
 };
 
 // What turns one row's scores into gradients.
@@ -224,9 +225,12 @@ class GradientTile {
     return static_cast<int>(least(kGradientTileM, round_up(queries.count - r0, Dot::kPairedRows)));
   }
 
-  // s and dp: dot products of rows [r0, ...) with the columns, s as scores.
+  // s and dp: dot products of rows [r0, ...) with the columns, s as scores. float32 products of few
+  // queries are summed as the forward sums them, in lanes: no other row averages their rounding out.
   void products(const QueryChunk<T>& queries, int64_t r0, const KeyBlock<T>& keys, int64_t j0,
                 const Columns& columns, ScoreRules& rules);
+  void products_of_few(const QueryChunk<T>& queries, const KeyBlock<T>& keys,
+                       const Columns& columns);
 
   // s to dropped p, dp to ds (through the softcap, but for softmax_scale and the scale of dropout
   // in p), as operands of the products for dv, dk and dq.
@@ -273,13 +277,28 @@ void GradientTile<T>::products(const QueryChunk<T>& queries, int64_t r0, const K
   OperandB k = qk_.as_transposed(keys.k_panels), v = v_.as_transposed(keys.v_panels);
   k.data += columns.begin / kPanel * k.panel;
   v.data += columns.begin / kPanel * v.panel;
-  product<Dot, Update::kSet>(count, vecs, qk_.depth_units(),
-                             qk_.as_a(queries.q + r0 * qk_.row_units()), k, s + columns.begin,
-                             kBlockN);
+  if (Dot::kPair == 1 && queries.count <= Dot::kFewQueries) {
+    products_of_few(queries, keys, columns);
+  } else {
+    product<Dot, Update::kSet>(count, vecs, qk_.depth_units(),
+                               qk_.as_a(queries.q + r0 * qk_.row_units()), k, s + columns.begin,
+                               kBlockN);
+  }
   rules.apply(queries.rows + r0, count, j0, columns, s, slope_);
   product<Dot, Update::kSet>(count, vecs, v_.depth_units(),
                              v_.as_a(queries.dout + r0 * v_.row_units()), v, dp + columns.begin,
                              kBlockN);
+}
+
+template <class T>
+void GradientTile<T>::products_of_few(const QueryChunk<T>& queries, const KeyBlock<T>& keys,
+                                      const Columns& columns) {
+  for (int c = columns.begin; c < columns.end; ++c) {
+    const float* key = keys.k_rows + c * qk_.row_units();
+    for (int r = 0; r < queries.count; ++r) {
+      dot_keys(queries.q + r * qk_.row_units(), qk_.dim, &key, 1, s + r * kBlockN + c);
+    }
+  }
 }
 
 template <class T>
