@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.backends import has_wide_float32_gradients
+from tests.backends import has_wide_float32_gradients, placed
 from tests.numerics import assert_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,8 +26,8 @@ def qkv(dtype, batch=2, heads_q=4, heads_k=None, seqlen_q=65, seqlen_k=None, hea
 
 def run(function, tensors, options, double=False):
     """{name: tensor} of out, lse and the gradient of every differentiable tensor among `tensors`."""
-    leaves = {}
-    for name, tensor in tensors.items():
+    leaves, options = {}, placed(options)
+    for name, tensor in placed(tensors).items():
         if tensor.is_floating_point():
             tensor = tensor.double() if double else tensor.detach()
             tensor.requires_grad_(name != "alibi_slopes")

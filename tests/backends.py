@@ -11,6 +11,7 @@ import os
 import shutil
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 BACKENDS = {
     "attention": ["cpu", "cuda", "triton"],
@@ -22,6 +23,7 @@ BACKENDS = {
 }
 
 _SIMULATOR = os.environ.get("FASTLAYERS_SIMULATOR", "")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch's product refuses its deterministic mode
 _HAS_GPU = torch.cuda.is_available() and torch.version.cuda is not None
 SIMULATED = _SIMULATOR != "0" and (bool(_SIMULATOR) or not _HAS_GPU)
 ARCH = _SIMULATOR if _SIMULATOR.startswith("sm_") else "sm_80"
@@ -65,8 +67,27 @@ def device_of(backend):
         finally:
             simulator.uninstall()
     else:
-        with torch.device("cuda"):
+        with torch.device("cuda"), _DrawnOnHost():
             yield
+
+
+class _DrawnOnHost(TorchFunctionMode):
+    """What a CPU generator draws is moved to the default device, so that every backend sees the same numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is None or "device" in kwargs:
+            return function(*args, **kwargs)
+        return function(*args, **kwargs, device="cpu").to(torch.get_default_device())
+
+
+def placed(thing):
+    """What was made at import, with the tensors in it on the device where tensors are made now."""
+    if isinstance(thing, dict):
+        return {name: placed(one) for name, one in thing.items()}
+    if isinstance(thing, list):
+        return [placed(one) for one in thing]
+    return thing.to(torch.get_default_device()) if isinstance(thing, torch.Tensor) and not thing.is_meta else thing
 
 
 def on_host(backend, *tensors):

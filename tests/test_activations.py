@@ -9,7 +9,6 @@ from tests.numerics import assert_accurate
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKEND = pytest.mark.parametrize("backend", BACKENDS["linear_act"])
-ONE = torch.ones(1, 1)
 
 
 def grids(backend):
@@ -27,7 +26,7 @@ def test_value_and_slope(backend, activation):
     plain = reference.ACTIVATIONS[activation]
     for grid in grids(backend):
         x = grid.clone().requires_grad_()
-        ours = ops.linear_act(x, ONE, activation=activation, backend=backend)
+        ours = ops.linear_act(x, torch.ones(1, 1), activation=activation, backend=backend)
         (slope,) = torch.autograd.grad(ours.sum(), x)
         exact = grid.double().requires_grad_()
         (exact_slope,) = torch.autograd.grad(plain(exact).sum(), exact)
@@ -44,7 +43,9 @@ def test_slope_at_special_values(backend, activation):
     """Kinks as in torch; NaN stays NaN; a slope is never NaN where torch's is a number."""
     values = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 50.0, -50.0, 1e5, -1e5, float("nan")]).view(-1, 1)
     ours, eager = values.clone().requires_grad_(), values.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(ops.linear_act(ours, ONE, activation=activation, backend=backend).sum(), ours)
+    (slope,) = torch.autograd.grad(
+        ops.linear_act(ours, torch.ones(1, 1), activation=activation, backend=backend).sum(), ours
+    )
     (wanted,) = torch.autograd.grad(reference.ACTIVATIONS[activation](eager).sum(), eager)
     if activation == "relu":
         wanted[-1] = float("nan") if slope[-1].isnan() else wanted[-1]  # torch's relu'(NaN) is a convention
@@ -64,5 +65,5 @@ def test_lanes_do_not_matter(backend, activation):
 def test_what_would_be_subnormal_is_0(backend):
     """Of exponentials, exp(-x^2 / 2) here: to make such a number, or to lose it, costs some CPUs a hundred cycles."""
     x = torch.tensor([-5.0, -13.5, -14.0, -20.0]).view(-1, 1).requires_grad_()
-    (slope,) = torch.autograd.grad(ops.linear_act(x, ONE, activation="gelu", backend=backend).sum(), x)
+    (slope,) = torch.autograd.grad(ops.linear_act(x, torch.ones(1, 1), activation="gelu", backend=backend).sum(), x)
     assert slope[0] != 0 and (slope[1:] == 0).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlayers import backends, ops
-from tests.backends import BACKENDS, on_host
+from tests.backends import BACKENDS, on_host, placed
 from tests.numerics import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -309,7 +309,7 @@ def test_bad_calls(backend, case):
     call = dict(params=three, grads=[torch.ones(3)], exp_avgs=[torch.zeros(3)], exp_avg_sqs=[torch.zeros(3)])
     call.update(max_exp_avg_sqs=[], steps=[torch.zeros(())], **HYPER, backend=backend)
     with pytest.raises(error, match=words):
-        ops.adam_step(**{**call, **change})
+        ops.adam_step(**{**call, **placed(change)})
 
 
 def test_opcheck(backend):

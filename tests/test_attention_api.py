@@ -11,7 +11,7 @@ from torch.library import opcheck
 import fastlayers
 from fastlayers import backends, ops
 from tests.attention_cases import DTYPES, qkv, randn
-from tests.backends import BACKENDS
+from tests.backends import BACKENDS, placed
 
 on_backends = pytest.mark.parametrize("backend", [*BACKENDS["attention"], "reference"])
 needs_native = pytest.mark.skipif("cpu" not in BACKENDS["attention"], reason="the compiled kernels are not under test")
@@ -33,7 +33,7 @@ BAD_ATTENTION = {
     "complex query": ({"query": Q.to(torch.complex64)}, TypeError, "floating-point"),
     "float8": ({name: Q.to(torch.float8_e4m3fn) for name in ("query", "key", "value")}, TypeError, "float8_e4m3fn"),
     "mixed dtypes": ({"key": Q.half()}, ValueError, "key is torch.float16, query is torch.float32"),
-    "mixed devices": ({"value": Q.to("meta")}, ValueError, "value is on meta, query on cpu"),
+    "mixed devices": ({"value": Q.to("meta")}, ValueError, "value is on meta, query on c"),
     "one dimension": ({name: tensors(8) for name in ("query", "key", "value")}, ValueError, r"\(8,\)"),
     "other dimensions": ({"key": Q[0]}, ValueError, "heads, seqlen, head_dim"),
     "head_dim": (
@@ -151,7 +151,7 @@ def call(op, **changes):
         "decode_attention": {"query": Q, "key_cache": Q, "value_cache": Q}
         | {"cache_seqlens": torch.tensor([3, 7], dtype=torch.int32)},
     }
-    return getattr(ops, op)(**{**legal[op], **changes})
+    return getattr(ops, op)(**placed({**legal[op], **changes}))
 
 
 CPU_TENSORS = {  # what these say lies in tensors, which on a GPU are not read without a synchronisation; or on the CPU
@@ -499,19 +499,20 @@ def test_compile_with_inductor_and_dynamic_shapes(compiler):
 @on_backends
 def test_compile_varlen_and_decode(backend, compiler):
     varlen = torch.compile(ops.varlen_attention, fullgraph=True, backend="aot_eager")
+    starts, cache, pages = placed(CU), placed(Q), placed(PAGES)
     arguments = [t.requires_grad_() for t in (randn(7, 4, 8, seed=1), randn(7, 4, 8, seed=2), randn(7, 4, 8, seed=3))]
     results = []
     for function in (ops.varlen_attention, varlen):
-        out = function(*arguments, CU, CU, 4, 4, is_causal=True, backend=backend)
+        out = function(*arguments, starts, starts, 4, 4, is_causal=True, backend=backend)
         results.append([out, *torch.autograd.grad(out.sin().sum(), arguments)])
     assert all(torch.equal(eager, traced) for eager, traced in zip(*results))
     decode = torch.compile(ops.decode_attention, fullgraph=True, backend="aot_eager")
     lengths = torch.tensor([3, 7], dtype=torch.int32)
     with torch.no_grad():
         query = randn(2, 4, 1, 8)
-        wanted = ops.decode_attention(query, Q + 1, Q + 2, lengths, backend=backend)
-        assert torch.equal(decode(query, Q + 1, Q + 2, lengths, backend=backend), wanted)
-        assert torch.equal(decode(query, Q + 1, Q + 2, lengths, page_table=PAGES, backend=backend), wanted)
+        wanted = ops.decode_attention(query, cache + 1, cache + 2, lengths, backend=backend)
+        assert torch.equal(decode(query, cache + 1, cache + 2, lengths, backend=backend), wanted)
+        assert torch.equal(decode(query, cache + 1, cache + 2, lengths, page_table=pages, backend=backend), wanted)
 
 
 @needs_native
@@ -529,7 +530,7 @@ def test_autocast(dtype, backend):
     """As torch's own function: the inputs in the autocast dtype, gradients in their own."""
     query, key, value = (tensor.requires_grad_() for tensor in qkv(torch.float32, seqlen_q=33))
     mask = randn(33, 33).requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(query.device.type, dtype):
         out, lse = ops.attention(query, key.to(dtype), value, mask, return_lse=True, backend=backend)
         decoded = ops.decode_attention(
             *(tensor.detach() for tensor in (query, key, value)),

@@ -74,14 +74,14 @@ def test_double_backward_is_refused(op, backend):
 def test_autocast_as_linear(op, backend):
     tensors = make(op)
     lower = torch.float16 if backend == "cuda" else torch.bfloat16  # which every such GPU has
-    with torch.autocast("cpu", lower):
+    with torch.autocast(tensors[0].device.type, lower):
         out = getattr(ops, op)(*tensors, backend=backend)
         assert out.dtype == F.linear(*tensors[:2]).dtype == lower
     half = [t.detach().to(lower) for t in tensors]
     assert torch.equal(out, getattr(ops, op)(*half, backend=backend))
     gradients = torch.autograd.grad(out.sum(), tensors)
     assert all(g.dtype == torch.float32 for g in gradients)
-    with torch.autocast("cpu", lower, enabled=False):
+    with torch.autocast(tensors[0].device.type, lower, enabled=False):
         assert getattr(ops, op)(*tensors, backend=backend).dtype == torch.float32
 
 

@@ -6,6 +6,7 @@ import math
 import torch
 
 from fastlayers import backends, reference
+from fastlayers.ops._autocast import autocast
 from fastlayers.ops._autograd import register_autograd, register_fake
 from fastlayers.ops._checks import check_beside, check_floating, check_number, check_same_dtype, check_tensor
 
@@ -151,12 +152,7 @@ def _check_inputs(op, query, **others):
     for name, tensor in others.items():
         check_tensor(op, name, tensor)
         check_beside(op, name, tensor, "query", query)
-    device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.dtype != torch.float64:
-                tensors[name] = tensor.to(dtype)
+    tensors = dict(zip(tensors, autocast(*tensors.values())))
     query = tensors["query"]
     for name, tensor in tensors.items():
         check_same_dtype(op, name, tensor, "query", query)

@@ -3,6 +3,7 @@
 import torch
 
 from fastlayers import backends, reference
+from fastlayers.ops._autocast import autocast
 from fastlayers.ops._autograd import register_autograd, register_fake
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +26,7 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     below 2^-126 (subnormal) count as 0.
     source  GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415; SiLU: Elfwing et al. 2017, arXiv:1702.03118
     """
-    input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     _check("linear_act", activation, save, input, weight=weight, bias=bias)
     chosen = backends.choose("linear_act", _facts_of(save, input, weight, bias), backend)
     if chosen == "reference":
@@ -91,7 +92,7 @@ def gated_linear_act(
     activation, save, returns, raises, autocast: as linear_act; "preactivation" keeps both products
     source  Shazeer 2020, "GLU variants improve transformer", arXiv:2002.05202
     """
-    input, weight_gate, weight_up, bias_gate, bias_up = _autocast(input, weight_gate, weight_up, bias_gate, bias_up)
+    input, weight_gate, weight_up, bias_gate, bias_up = autocast(input, weight_gate, weight_up, bias_gate, bias_up)
     _check("gated_linear_act", activation, save, input, weight_gate=weight_gate, bias_gate=bias_gate)
     _check("gated_linear_act", activation, save, input, weight_up=weight_up, bias_up=bias_up)
     if weight_gate.shape != weight_up.shape:
@@ -219,18 +220,6 @@ register_autograd("linear_act_epilogue", _linear_act_epilogue_backward, _linear_
 register_autograd("linear_act_epilogue_backward", _refuse_double_backward("linear_act"))
 
 
-def _autocast(input, *others):
-    """The tensors as torch.nn.functional.linear sees them under autocast; unchanged outside."""
-    device = input.device.type if isinstance(input, torch.Tensor) else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return (input, *others)
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (input, *others)
-    )
-
-
 def _check(op, activation, save, input, **parameters):
     """Raise what a wrong call deserves. parameters: a weight and a bias, under the names the caller knows."""
     (weight_name, weight), (bias_name, bias) = parameters.items()
@@ -276,7 +265,7 @@ def _facts_of(save, input, *parameters):
 
 def _facts(input, weight, *others, save="preactivation", **options):
     others = [value for value in (*others, *options.values()) if isinstance(value, torch.Tensor)]
-    return _facts_of(save, *_autocast(input, weight, *others))
+    return _facts_of(save, *autocast(input, weight, *others))
 
 
 def _dtype_reason(facts):
