@@ -65,8 +65,13 @@ class ForwardWarp {
 
   // scores = q k'
   __device__ __forceinline__ void multiply_k() {
+    // float32: products of many steps at a time, which do not wait for each other, need more
+    // registers than there are.
+    constexpr bool kFloat = sizeof(T) == 4;
+    constexpr int kStepsAtOnce = kFloat ? 2 : S::kSteps;
     const Accumulator zero = {{0.0f, 0.0f, 0.0f, 0.0f}};
-#pragma unroll
+    if (kFloat) clear(scores_);
+#pragma unroll(kStepsAtOnce)
     for (int step = 0; step < S::kSteps; ++step) {
       FragmentA<T> q[S::kTilesM];
 #pragma unroll
@@ -83,8 +88,9 @@ class ForwardWarp {
         S::TileKv::load_b(b, k_, step, 8 * n);
 #pragma unroll
         for (int m = 0; m < S::kTilesM; ++m) {
-          mma<T, S::kExact>(scores_[m][n], q[m], b[0], step ? scores_[m][n] : zero);
-          mma<T, S::kExact>(scores_[m][n + 1], q[m], b[1], step ? scores_[m][n + 1] : zero);
+          mma<T, S::kExact>(scores_[m][n], q[m], b[0], kFloat || step ? scores_[m][n] : zero);
+          mma<T, S::kExact>(scores_[m][n + 1], q[m], b[1],
+                            kFloat || step ? scores_[m][n + 1] : zero);
         }
       }
     }

@@ -137,8 +137,8 @@ class DirectProduct : public WarpSums<S> {
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           if (!S::kRowsStay) load_rows(rows[m], stage, step, m);
-          add(this->sums[m][n], rows[m], columns[0]);
-          add(this->sums[m][n + 1], rows[m], columns[1]);
+          mma<T>(this->sums[m][n], rows[m], columns[0], this->sums[m][n]);
+          mma<T>(this->sums[m][n + 1], rows[m], columns[1], this->sums[m][n + 1]);
         }
       }
     }
@@ -146,21 +146,6 @@ class DirectProduct : public WarpSums<S> {
   __device__ __forceinline__ void finish() {}
 
  private:
-  // float32: a step's products are summed by themselves before the long sum takes them, which is
-  // then rounded once a step, to nearest; tensor cores would round it three times, towards zero.
-  // Ootomo & Yokota 2022, arXiv:2203.03341.
-  static __device__ __forceinline__ void add(Accumulator& sum, const FragmentA<T>& rows,
-                                             const FragmentB<T>& columns) {
-    if constexpr (std::is_same_v<T, float>) {
-      Accumulator more = {{0.0f, 0.0f, 0.0f, 0.0f}};
-      mma<T>(more, rows, columns, more);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum.r[i] += more.r[i];
-    } else {
-      mma<T>(sum, rows, columns, sum);
-    }
-  }
-
   __device__ __forceinline__ void load_rows(FragmentA<T>& rows, uint32_t stage, int step, int m) {
     if constexpr (S::kDenseA) {
       TileA::load_a(rows, stage + this->a_, step, 16 * m);

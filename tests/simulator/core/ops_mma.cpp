@@ -17,7 +17,7 @@ void mma(Warp& w, const Instr& i, uint32_t mask) {
   read_a<A, K>(w, a_refs, a);
   read_b<B, K>(w, b_refs, b);
   Sum::read(w, b_refs + kHalves, c);
-  multiply<K>(a, b, c);
+  Sum::template multiply<K, 16 / A::kBytes>(a, b, c);
   Sum::write(w, i.ops, c, i.aux != 0);
 }
 

@@ -1,8 +1,7 @@
 // What the tensor-core families share: the formats of elements, and one m16n8 tile's product.
 //
-// Products are exact, their sum is a double, and the accumulator is added and rounded once, to
-// nearest. Hardware aligns the products of a few k to the largest and cuts off what lies below some
-// 25 bits, so that its last bit can differ from ours.
+// Products are exact. Sums in float32 are cut off as hardware cuts them off, which bends long sums
+// towards zero; other sums are doubles, rounded once.
 #pragma once
 
 #include <array>
@@ -74,7 +73,7 @@ using Row = double __attribute__((vector_size(64)));  // of 8 columns
 
 // c += a b
 template <int K>
-inline void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
+inline void multiply_exactly(const TileA<K>& a, const TileB<K>& b, TileC& c) {
   constexpr int kRows = 4;  // at a time: independent sums hide the latency of additions
   for (int m = 0; m < 16; m += kRows) {
     Row sum[kRows] = {}, line;
@@ -85,6 +84,55 @@ inline void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
     for (int r = 0; r < kRows; ++r) {
       for (int n = 0; n < 8; ++n) c[m + r][n] += sum[r][n];
     }
+  }
+}
+
+// Of a double: 2^exponent, infinity where it is not finite, 0 of 0.
+inline Row leading(Row x) {
+  using Bits = int64_t __attribute__((vector_size(64)));
+  return reinterpret_cast<Row>(reinterpret_cast<Bits>(x) & 0x7ff0000000000000);
+}
+inline Row cut_to_float(Row x) {
+  using Bits = int64_t __attribute__((vector_size(64)));
+  return reinterpret_cast<Row>(reinterpret_cast<Bits>(x) & ~((int64_t{1} << 29) - 1));
+}
+inline Row toward_zero(Row x) {
+  for (int n = 0; n < 8; ++n) x[n] = std::trunc(x[n]);
+  return x;
+}
+inline Row splat(double x) { return Row{} + x; }
+
+// Bits after the point of the largest term that a sum keeps: one more than float32 has. On purpose
+// fewer than a real GPU was seen to keep: an H100 has another, and takes all of k at once in
+// mma.sync. See also Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor
+// cores", PeerJ Computer Science 7:e330.
+constexpr double kKeptBits = 24;
+
+// c += a b in float32: kBlock products and c at a time are aligned to the largest exponent among
+// them, cut off, and added; the sum is cut off to a float.
+template <int K, int kBlock>
+inline void multiply_cutting(const TileA<K>& a, const TileB<K>& b, TileC& c) {
+  const Row tiny = splat(0x1p-900);
+  for (int m = 0; m < 16; ++m) {
+    Row sum, line;
+    std::memcpy(&sum, c[m], sizeof sum);
+    for (int k0 = 0; k0 < K; k0 += kBlock) {
+      Row top = leading(sum), product[kBlock];
+      for (int k = 0; k < kBlock; ++k) {
+        std::memcpy(&line, b[k0 + k], sizeof line);
+        product[k] = a[m][k0 + k] * line;
+        const Row exponent = leading(splat(a[m][k0 + k])) * leading(line);
+        top = exponent > top || exponent != exponent ? exponent : top;
+      }
+      bool finite = true;
+      for (int n = 0; n < 8; ++n) finite &= std::isfinite(top[n]);
+      top = top > tiny ? top : tiny;
+      const Row unit = top * std::exp2(-kKeptBits), per_unit = 1.0 / unit;
+      Row units = finite ? toward_zero(sum * per_unit) : sum;
+      for (const Row& term : product) units += finite ? toward_zero(term * per_unit) : term;
+      sum = finite ? cut_to_float(units * unit) : units;
+    }
+    std::memcpy(c[m], &sum, sizeof sum);
   }
 }
 
@@ -124,9 +172,20 @@ inline void read_b(Warp& w, const Ref* refs, TileB<K>& b) {
   }
 }
 
+struct ExactSum {
+  template <int K, int kBlock>
+  static void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
+    multiply_exactly<K>(a, b, c);
+  }
+};
+
 // Accumulators: lane 4 g + t holds columns 2 t, 2 t + 1 of row g, then of row g + 8.
 struct SumF32 {
   static constexpr int kRegisters = 4;
+  template <int K, int kBlock>
+  static void multiply(const TileA<K>& a, const TileB<K>& b, TileC& c) {
+    multiply_cutting<K, kBlock>(a, b, c);
+  }
   static void read(Warp& w, const Ref* refs, TileC& c) {
     for (int r = 0; r < 4; r += 2) {
       const float *even = w.lanes<float>(refs[r]), *odd = w.lanes<float>(refs[r + 1]);
@@ -163,7 +222,7 @@ inline uint32_t f64_to_f16(double x) {
   return f32_to_f16(f32_of_bits(bits));
 }
 
-struct SumF16 {
+struct SumF16 : ExactSum {
   static constexpr int kRegisters = 2;
   static void read(Warp& w, const Ref* refs, TileC& c) {
     for (int r = 0; r < 2; ++r) {
@@ -187,7 +246,7 @@ struct SumF16 {
 };
 
 // Integers wrap, or stay in range with .satfinite; a double holds every sum exactly.
-struct SumS32 {
+struct SumS32 : ExactSum {
   static constexpr int kRegisters = 4;
   static void read(Warp& w, const Ref* refs, TileC& c) {
     for (int r = 0; r < 4; ++r) {

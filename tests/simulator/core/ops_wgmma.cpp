@@ -185,7 +185,7 @@ void mma_async(Warp& w, const Instr& i, uint32_t mask) {
     const Ref* d = i.ops + block * Sum::kRegisters;
     TileC c = {};
     if (adds) Sum::read(w, d, c);
-    multiply<kK>(a, b, c);
+    Sum::template multiply<kK, kK>(a, b, c);
     Sum::write(w, d, c, o.saturate);
   }
 }
