@@ -114,7 +114,10 @@ void launch_backward(const AttentionBackward& p, const BackwardScratch& scratch,
     }
     if (f.seqlen_k == 0) return;
     if (dim > 128) return launch_main<T, 256, true, kOld>(p, scratch, stream);
-    if (scratch.general) return launch_main<T, 128, true, kOld>(p, scratch, stream);
+    if (scratch.general) {
+      return dim > 64 ? launch_main<T, 128, true, kOld>(p, scratch, stream)
+                      : launch_main<T, 64, true, kOld>(p, scratch, stream);
+    }
     if constexpr (sizeof(T) == 2) {
       if (dim > 64) return launch_128<T, kOld>(p, scratch, stream);
       launch_main<T, 64, false, kOld>(p, scratch, stream);
