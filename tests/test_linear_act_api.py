@@ -1,5 +1,6 @@
 """linear_act and gated_linear_act as PyTorch citizens: opcheck, compile, autocast, checkpoints, bad calls."""
 
+import functools
 import sys
 
 import pytest
@@ -138,7 +139,7 @@ def test_torch_serves_16_bit_where_it_has_tile_instructions(monkeypatch):
     x, w = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
     for amx in (True, False):
         monkeypatch.setitem(module._TORCH_GEMM_IS_FASTER, torch.bfloat16, amx)
-        facts = module._facts(x, w)
+        facts = backends.facts("linear_act", x, w)
         assert (backends.choose("linear_act", facts) == "reference") == amx or backends.native_reason(facts)
         assert ops.linear_act(x, w).shape == (300, 5)
         assert backends.why_not("linear_act", "cpu", facts) == backends.native_reason(facts)
@@ -147,11 +148,28 @@ def test_torch_serves_16_bit_where_it_has_tile_instructions(monkeypatch):
 @pytest.mark.skipif("cpu" not in BACKENDS["linear_act"], reason="for the CPU")
 def test_torch_serves_few_rows():
     """They do not pay for the packing of the weight."""
-    facts = sys.modules["fastlayers.ops.linear_act"]._facts
+    facts = functools.partial(backends.facts, "linear_act")
     for rows, wanted in ((64, "reference"), (65, "cpu"), ((8, 8), "reference"), ((5, 13), "cpu")):
         x = torch.randn(*(rows if isinstance(rows, tuple) else (rows,)), 4)
         assert backends.choose("linear_act", facts(x, torch.randn(5, 4))) == wanted
         assert backends.why_not("linear_act", "cpu", facts(x, torch.randn(5, 4))) is None
+
+
+def test_triton_refuses_a_gpu_that_is_not_the_current_one(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "_current_gpu", lambda: 0)
+    facts = {"device": backends.cuda_device, "index": 0, "dtype": torch.float32}
+    assert backends.triton_reason(facts) is None
+    assert "the current GPU, cuda:0, and the tensors are on cuda:1" in backends.triton_reason({**facts, "index": 1})
+
+
+def test_torch_serves_on_a_gpu_what_has_nothing_to_fuse(monkeypatch):
+    facts = backends.facts("linear_act", torch.randn(3, 4), torch.randn(5, 4), activation="identity")
+    assert facts["is_plain"] and not backends.facts("linear_act", torch.randn(3, 4), torch.randn(5, 4))["is_plain"]
+    gated = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5, 4), None, None, "identity"
+    assert not backends.facts("gated_linear_act", *gated)["is_plain"]
+    monkeypatch.setattr(backends, "cuda_device", "cpu")
+    assert backends.choose("linear_act", facts) == "reference"
 
 
 X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)

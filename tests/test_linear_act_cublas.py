@@ -74,34 +74,32 @@ def test_what_it_refuses():
         torch.autograd.grad(out.sum(), input, create_graph=True)[0].sum().backward()
     operator = backends.operators("cublas").linear_act_epilogue
     with pytest.raises(RuntimeError, match="product_up has to be of the shape of product"):
-        operator(torch.randn(3, 4), torch.randn(3, 5), None, None, "gelu", False)
+        operator(torch.randn(3, 4), torch.randn(3, 5), None, None, "gelu")
     with pytest.raises(RuntimeError, match="bias has to be"):
-        operator(torch.randn(3, 4), None, torch.randn(3), None, "gelu", False)
-    with pytest.raises(RuntimeError, match="needs the pre-activation"):
-        operator(torch.randn(3, 4, requires_grad=True), None, None, None, "gelu", False)[0].sum().backward()
+        operator(torch.randn(3, 4), None, torch.randn(3), None, "gelu")
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @on_dtypes
 def test_epilogue(dtype, gated):
-    """Bias and activation behind a product from elsewhere: odd sizes, strides, what is saved."""
+    """The activation of products from elsewhere, and the gradients of what is in them: odd sizes, strides."""
     products = [torch.randn(70, 2 * 43)[:, :43].to(dtype) for _ in range(1 + gated)]
     biases = [torch.randn(43).to(dtype) for _ in range(1 + gated)]
     none = [None] * (1 - gated)
     operator = backends.operators("cublas").linear_act_epilogue
-    for saves in (False, True):
-        out, *saved = operator(*products, *none, *biases, *none, "gelu", saves)
-        answers = []
-        for cast in (torch.float64, dtype):
-            z = [x.to(cast) + b.to(cast) for x, b in zip(products, biases)]
-            active = reference.ACTIVATIONS["gelu"](z[0])
-            answers.append([active * z[1] if gated else active, *(z if saves else [])])
-        for ours, exact, eager in zip([out, *saved], *answers):
-            assert_accurate(ours, exact, eager)
-        assert all(t.numel() == 0 for t in saved[len(z) if saves else 0 :])
-    for tensor in (*products, *biases):
-        tensor.requires_grad_()
-    torch.library.opcheck(operator, (*products, *none, *biases, *none, "gelu", True))
+    leaves = [t.requires_grad_() for t in (*products, *biases)]
+    upstream = torch.randn(70, 43).to(dtype)
+    answers = []
+    for cast in (torch.float64, dtype):
+        z = [x.detach().to(cast).requires_grad_() for x in products]
+        active = reference.ACTIVATIONS["gelu"](z[0])
+        out = active * z[1] if gated else active
+        grads = torch.autograd.grad(out, z, upstream.to(cast))
+        answers.append([out, *grads, *(grad.sum(0) for grad in grads)])
+    out = operator(*products, *none, *biases, *none, "gelu")
+    for ours, exact, eager in zip([out, *torch.autograd.grad(out, leaves, upstream)], *answers):
+        assert_accurate(ours, exact, eager)
+    torch.library.opcheck(operator, (*products, *none, *biases, *none, "gelu"))
     backward = backends.operators("cublas").linear_act_epilogue_backward
-    saved = [t.detach() for t in saved] if gated else [saved[0].detach(), None]
+    saved = [*(x.detach().contiguous() for x in products), *none]
     torch.library.opcheck(backward, (torch.randn_like(out), *saved, "gelu", True, gated, True, gated))

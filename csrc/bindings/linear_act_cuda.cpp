@@ -37,23 +37,19 @@ class Cuda {
   bool allow_tf32_;
 };
 
-// What comes behind products that somebody else computed: (rows..., out_features) each, product_up
-// for the gated form.
-std::tuple<Tensor, Tensor, Tensor> linear_act_epilogue(Tensor product, OptionalTensor product_up,
-                                                       OptionalTensor bias, OptionalTensor bias_up,
-                                                       std::string activation,
-                                                       bool save_preactivation) {
+// The activation of products that somebody else computed, biases included: (rows..., out_features)
+// each, product_up for the gated form. The biases are here for their gradients.
+Tensor linear_act_epilogue(Tensor product, OptionalTensor product_up, OptionalTensor bias,
+                           OptionalTensor bias_up, std::string activation) {
   const Cuda device(product, false);
   const OptionalTensor products[2] = {product, product_up}, *biases[2] = {&bias, &bias_up};
-  const std::vector<int64_t> sizes = sizes_with_last(product, product.size(product.dim() - 1));
-  Tensor out = empty(device, product, sizes), z[2] = {nothing(product), nothing(product)};
+  Tensor out = empty(device, product, sizes_with_last(product, product.size(product.dim() - 1)));
   ActivationForward p;
   p.dtype = dtype_of(product, "linear_act_epilogue: product");
   p.activation = activation_from_name(activation);
   p.gated = product_up.has_value();
   p.out = out.mutable_data_ptr();
   std::optional<Matrix> matrices[2];
-  OptionalTensor kept_bias[2];
   for (int i = 0; i < (p.gated ? 2 : 1); ++i) {
     check_same_kind(*products[i], product, "linear_act_epilogue: product_up");
     const Matrix& matrix = matrices[i].emplace(device, *products[i], true);
@@ -61,16 +57,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_epilogue(Tensor product, OptionalT
              "linear_act_epilogue: product_up has to be of the shape of product");
     p.z[i] = matrix.data();
     p.z_stride[i] = matrix.stride();
-    p.bias[i] = bias_data(device, *biases[i], product, matrix.cols(), kept_bias[i]);
-    if (save_preactivation) {
-      z[i] = empty(device, product, sizes);
-      p.preactivation[i] = z[i].mutable_data_ptr();
-    }
+    OptionalTensor kept;
+    bias_data(device, *biases[i], product, matrix.cols(), kept);  // which checks it
   }
   p.rows = matrices[0]->rows();
   p.cols = matrices[0]->cols();
   device.forward(p);
-  return {out, z[0], z[1]};
+  return out;
 }
 
 // Its gradient, from the pre-activations that were saved.
@@ -93,9 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_epilogue_backward(
   p.dout = dout.data();
   p.dout_stride = dout.stride();
   FL_CHECK(preactivation || (p.activation == Activation::kIdentity && !p.gated),
-           "linear_act_epilogue: its gradient needs the pre-activation; save it");
+           "linear_act_epilogue: its gradient needs the pre-activation");
   FL_CHECK(p.gated || !(needs_product_up || needs_bias_up),
-           "linear_act_epilogue: the gradient of product_up needs the pre-activations; save them");
+           "linear_act_epilogue: the gradient of product_up needs both pre-activations");
   for (int i = 0; i < 2; ++i) {
     if (*saved[i]) {
       check_preactivation(**saved[i], grad);

@@ -68,7 +68,7 @@ FL_TORCH_LIBRARY(m) {
   // first four arguments; preactivation is None for identity alone.
   m.def(
       "linear_act_epilogue(Tensor product, Tensor? product_up, Tensor? bias, Tensor? bias_up,"
-      " str activation, bool save_preactivation) -> (Tensor, Tensor, Tensor)");
+      " str activation) -> Tensor");
   m.def(
       "linear_act_epilogue_backward(Tensor grad, Tensor? preactivation, Tensor? preactivation_up,"
       " str activation, bool needs_product, bool needs_product_up, bool needs_bias,"

@@ -1,5 +1,5 @@
-// What is left to do where a product came from elsewhere, or in parts: bias, activation, and the
-// pre-activation where it is kept. One pass over rows.
+// What is left to do where a product came from elsewhere, or in parts: the activation, and of parts
+// bias and pre-activation, too. One pass over rows.
 #include <climits>
 
 #include "common/check.h"
@@ -78,10 +78,6 @@ void cuda_activation_forward(const ActivationForward& p, void* stream) {
   g.form = p.gated ? LinearActGemm::Form::kGated : LinearActGemm::Form::kPlain;
   g.m = p.rows;
   g.n = p.cols;
-  for (int i = 0; i < 2; ++i) {
-    g.bias[i] = p.bias[i];
-    g.preactivation[i] = p.preactivation[i];
-  }
   g.out = p.out;
   const Products products{{p.z[0], p.z[1]}, {p.z_stride[0], p.z_stride[1]}, 0, 1};
   with_cuda_type(p.dtype, [&](auto type) {

@@ -7,7 +7,7 @@
 //   ActivationBackward  dz = activation'(z) * dout, and dbias = the column sums of dz
 // and on a GPU one of two more:
 //   LinearActGemm with dout      the first half of a backward that kept no z: it computes z again
-//   ActivationForward   out = activation(z + bias), where somebody else multiplied
+//   ActivationForward   out = activation(z), where somebody else multiplied
 #pragma once
 
 #include <cstdint>
@@ -60,9 +60,7 @@ struct ActivationForward {
   bool gated = false;
   const void* z[2] = {nullptr, nullptr};  // (rows, cols), cols dense
   int64_t z_stride[2] = {0, 0};
-  const void* bias[2] = {nullptr, nullptr};     // (cols,) dense, or null
-  void* preactivation[2] = {nullptr, nullptr};  // (rows, cols) dense: z + bias, or null: not wanted
-  void* out = nullptr;                          // (rows, cols) dense
+  void* out = nullptr;  // (rows, cols) dense
 };
 
 struct ActivationBackward {

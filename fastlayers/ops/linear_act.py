@@ -1,5 +1,7 @@
 """Linear + activation in one op: activation(x W' + b), and the gated form activation(x Wg' + bg) * (x Wu' + bu)."""
 
+import functools
+
 import torch
 
 from fastlayers import backends, reference
@@ -28,15 +30,14 @@ def linear_act(input, weight, bias=None, activation="gelu", *, save="preactivati
     """
     input, weight, bias = autocast(input, weight, bias)
     _check("linear_act", activation, save, input, weight=weight, bias=bias)
-    chosen = backends.choose("linear_act", _facts_of(save, input, weight, bias), backend)
+    chosen = backends.choose("linear_act", _facts_of(save, activation == "identity", input, weight, bias), backend)
     if chosen == "reference":
         return reference.linear_act(input, weight, bias, activation)
     if chosen == "cublas" and activation == "identity":
         return torch.nn.functional.linear(input, weight, bias)
     saves = save == "preactivation" and activation != "identity" and _needs_gradient(input, weight, bias)
     if chosen == "cublas":
-        product = torch.nn.functional.linear(input, weight)
-        return backends.operators(chosen).linear_act_epilogue(product, None, bias, None, activation, saves)[0]
+        return _by_cublas(activation, input, weight, None, bias, None)
     return backends.operators(chosen).linear_act_forward(input, weight, bias, activation, saves, _allows_tf32())[0]
 
 
@@ -101,13 +102,12 @@ def gated_linear_act(
             "they have to be the same"
         )
     parameters = (weight_gate, weight_up, bias_gate, bias_up)
-    chosen = backends.choose("gated_linear_act", _facts_of(save, input, *parameters), backend)
+    chosen = backends.choose("gated_linear_act", _facts_of(save, False, input, *parameters), backend)
     if chosen == "reference":
         return reference.gated_linear_act(input, weight_gate, weight_up, bias_gate, bias_up, activation)
     saves = save == "preactivation" and _needs_gradient(input, *parameters)
     if chosen == "cublas":
-        products = (torch.nn.functional.linear(input, weight) for weight in (weight_gate, weight_up))
-        return backends.operators(chosen).linear_act_epilogue(*products, bias_gate, bias_up, activation, saves)[0]
+        return _by_cublas(activation, input, weight_gate, weight_up, bias_gate, bias_up)
     return backends.operators(chosen).gated_linear_act_forward(
         input, weight_gate, weight_up, bias_gate, bias_up, activation, saves, _allows_tf32()
     )[0]
@@ -153,25 +153,32 @@ def _gated_linear_act_backward_fake(
     return tuple(grad.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs))
 
 
+def _by_cublas(activation, input, weight, weight_up, bias, bias_up):
+    """torch's products, with the biases; then one pass. That gives the biases their gradients, too: it reads all that
+    these are sums of, which torch would read once more."""
+    products = [
+        None if w is None else torch.nn.functional.linear(input, w, None if b is None else b.detach())
+        for w, b in ((weight, bias), (weight_up, bias_up))
+    ]
+    return backends.operators("cublas").linear_act_epilogue(*products, bias, bias_up, activation)
+
+
 def _linear_act_epilogue_setup(ctx, inputs, output):
-    _, product_up, _, _, activation, saves = inputs
-    ctx.save_for_backward(output[1] if saves else None, output[2] if saves and product_up is not None else None)
+    product, product_up, _, _, activation = inputs
+    ctx.save_for_backward(product.contiguous(), None if product_up is None else product_up.contiguous())
     ctx.activation, ctx.needs = activation, ctx.needs_input_grad[:4]
-    ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
-def _linear_act_epilogue_backward(operators, ctx, grad, *_):
+def _linear_act_epilogue_backward(operators, ctx, grad):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 5
     found = operators.linear_act_epilogue_backward(grad, *ctx.saved_tensors, ctx.activation, *ctx.needs)
-    return (*_wanted(found, ctx.needs), None, None)
+    return (*_wanted(found, ctx.needs), None)
 
 
-def _linear_act_epilogue_fake(product, product_up, bias, bias_up, activation, saves):
-    saved = product.shape if saves else 0
-    up = saved if product_up is not None else 0
-    return product.new_empty(product.shape), product.new_empty(saved), product.new_empty(up)
+def _linear_act_epilogue_fake(product, product_up, bias, bias_up, activation):
+    return product.new_empty(product.shape)
 
 
 def _linear_act_epilogue_backward_fake(grad, preactivation, preactivation_up, activation, *needs):
@@ -252,20 +259,25 @@ def _check(op, activation, save, input, **parameters):
             raise ValueError(f"{op}: {name} is on {tensor.device}, input is on {input.device}")
 
 
-def _facts_of(save, input, *parameters):
-    """`sizes`: (rows, in_features, out_features), what the choice among GPU kernels goes by."""
+def _facts_of(save, is_plain, input, *parameters):
+    """`is_plain`: there is nothing to fuse; `sizes`: (rows, in_features, out_features), what the choice among GPU
+    kernels goes by."""
     return {
         "device": input.device.type,
+        "index": input.device.index,
         "dtype": input.dtype,
         "save": save,
+        "is_plain": is_plain,
         "needs_gradient": _needs_gradient(input, *parameters),
         "sizes": (input.numel() // max(input.shape[-1], 1), input.shape[-1], parameters[0].shape[0]),
     }
 
 
-def _facts(input, weight, *others, save="preactivation", **options):
-    others = [value for value in (*others, *options.values()) if isinstance(value, torch.Tensor)]
-    return _facts_of(save, *autocast(input, weight, *others))
+def _facts(op, input, weight, *others, save="preactivation", **options):
+    values = (*others, *options.values())
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    is_plain = op == "linear_act" and any(isinstance(value, str) and value == "identity" for value in values)
+    return _facts_of(save, is_plain, *autocast(input, weight, *tensors))
 
 
 def _dtype_reason(facts):
@@ -330,7 +342,7 @@ def _reference_reason(facts):
 for _op in ("linear_act", "gated_linear_act"):
     backends.register(
         _op,
-        facts=_facts,
+        facts=functools.partial(_facts, _op),
         reference=_reference_reason,
         cpu=_cpu_reason,
         cuda=_cuda_reason,
