@@ -25,14 +25,22 @@ _forced = os.environ.get("FASTLAYERS_BACKEND") or None  # every call is served b
 # Where the tensors of the backends cuda and triton lie, and the operators of cuda: tests/simulator puts a simulated
 # GPU there, whose tensors are on the CPU.
 cuda_device, cuda_operators = "cuda", torch.ops.fastlayers
-cuda_capability = torch.cuda.get_device_capability  # of the current GPU: (8, 0)
 
 
 def constant_when_compiled(function):
     """torch.compile calls it while it traces and takes the answer for good: torch.compiler.assume_constant_result,
-    whose import would bring in the whole compiler, and triton."""
+    whose import would bring in the whole compiler, and triton. A function with a cache of its own is looked through."""
     function._dynamo_marked_constant = True
     return function
+
+
+@constant_when_compiled
+def cuda_capability():
+    """(8, 0) of the current GPU; of the simulated one where there is one."""
+    return _capability_of(torch.cuda.current_device())
+
+
+_capability_of = functools.cache(torch.cuda.get_device_capability)
 
 
 def operators(backend):
@@ -46,8 +54,9 @@ def operators(backend):
 def register(op, *, facts, **reasons):
     """Declare an op: how to get the facts of a call, and per backend a function from facts to a reason or None.
 
-    facts are a dict with at least device (a string such as "cpu") and dtype, and, where fastlayers.choices has entries
-    for the op, sizes and needs_gradient; order of `reasons` is preference where there is no such entry.
+    facts are a dict with at least device (a string such as "cpu"), index (of the device, or None) and dtype, and, where
+    fastlayers.choices has entries for the op, sizes and needs_gradient; is_plain where torch's own function does the
+    same in one kernel, which on a GPU is the faster one. Order of `reasons` is preference where there is no such entry.
     """
     _facts[op] = facts
     _reasons[op] = reasons
@@ -89,7 +98,16 @@ def triton_reason(facts):
         return "triton is not installed (pip install triton)"
     if facts["device"] != cuda_device and not triton_interpreted():
         return f"the tensors are on {facts['device']}, not on cuda (TRITON_INTERPRET=1 runs it on cpu)"
+    if facts.get("index") is not None and facts["index"] != _current_gpu():
+        return (
+            f"triton launches on the current GPU, cuda:{_current_gpu()}, and the tensors are on cuda:{facts['index']}"
+        )
     return None
+
+
+@constant_when_compiled
+def _current_gpu():
+    return torch.cuda.current_device()
 
 
 @constant_when_compiled
@@ -108,8 +126,13 @@ def _load_triton():
     import fastlayers.triton.operators  # noqa: F401
 
 
-@functools.cache
+@constant_when_compiled
 def _cuda_built():
+    return _built_for_cuda()
+
+
+@functools.cache
+def _built_for_cuda():
     return _native.error is None and bool(_native.build_info().get("cuda_archs"))
 
 
@@ -125,6 +148,8 @@ def choose(op, facts, backend=None):
         if reason:
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
         return wanted
+    if facts.get("is_plain") and facts["device"] == cuda_device:
+        return "reference"
     choice = choice_for(op, facts)
     for name in choice.backends if choice else ():
         if why_not(op, name, facts) is None:
@@ -141,7 +166,12 @@ def choice_for(op, facts):
     if sizes is None or facts["device"] != cuda_device or any(type(size) is not int for size in sizes):
         return None
     dtype = str(facts["dtype"]).removeprefix("torch.")
-    return choices.find(op, cuda_capability(), dtype, facts["needs_gradient"], sizes)
+    return _find_choice(op, cuda_capability(), dtype, facts["needs_gradient"], sizes)
+
+
+@constant_when_compiled
+def _find_choice(*call):
+    return choices.find(*call)
 
 
 def why_not(op, backend, facts):

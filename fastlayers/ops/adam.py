@@ -161,7 +161,8 @@ def _check_tensor(name, tensor, param):
 
 def _facts(*lists, **_):
     tensors = [tensor for tensor in chain(*lists)]
-    return {"device": lists[0][0].device.type, "dtypes": set(map(attrgetter("dtype"), tensors))}
+    device = lists[0][0].device
+    return {"device": device.type, "index": device.index, "dtypes": set(map(attrgetter("dtype"), tensors))}
 
 
 def _norm_facts(grads, *_, **__):

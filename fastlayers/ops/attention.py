@@ -351,6 +351,7 @@ def _facts_of(query, key, value, *others):
     return {
         "needs_gradient": torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         "device": query.device.type,
+        "index": query.device.index,
         "dtype": query.dtype,
         "head_dim": query.shape[-1],
         "head_dim_v": value.shape[-1],

@@ -7,13 +7,15 @@ import re
 import torch
 
 from fastlayers import backends
-from fastlayers.ops._autograd import attach_autograd
+from fastlayers.ops._autograd import attach_native_autograd
 from tests.simulator import triton_driver
 from tests.simulator.launches import allocate, call, device_memory, module_of, on_host, simulate
 from tests.simulator.library import NAMESPACE, library
 
 _ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90")
 _HOST_ARGUMENTS = {"rng"}  # which the operators read on the CPU; no kernel may
+
+_capability = backends.cuda_capability  # of the GPU that torch sees
 
 
 class _Request(ctypes.Structure):  # LaunchRequest of runtime/runtime.h
@@ -132,7 +134,7 @@ def _operators():
             target.impl(name, _simulated(name), "CPU")
             fake = getattr(torch.ops.fastlayers, name)
             torch.library.register_fake(f"fastlayers_simulator::{name}", fake, lib=target)
-            attach_autograd(name, "fastlayers_simulator", lib=target)
+            attach_native_autograd(name, "fastlayers_simulator", target)
     return target
 
 
@@ -156,4 +158,4 @@ def install(arch="sm_80", code=None):
 def uninstall():
     triton_driver.deactivate()
     backends.cuda_device, backends.cuda_operators = "cuda", torch.ops.fastlayers
-    backends.cuda_capability = torch.cuda.get_device_capability
+    backends.cuda_capability = _capability
