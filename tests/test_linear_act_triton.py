@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlayers import backends, ops, reference
+from tests import test_activations
 from tests import test_linear_act as values
 from tests import test_linear_act_api as api
 from tests.backends import BACKENDS, INTERPRETED, SIMULATED, device_of
@@ -201,6 +202,18 @@ def test_simulated_precision(arch):
         assert torch.equal(out, x @ weight.t() + bias) and torch.equal(dinput, grad @ weight)
         flops.append([launch.counts["mma_flops"] for launch in launches])
     assert flops[0] == [3 * one for one in flops[1]] and all(flops[1])
+
+
+@simulated
+@archs
+def test_simulated_short_sums(arch):
+    """Exact where there is one term: three TF32 products, which tensor cores cut off, would show there."""
+    assert [launch.precision(torch.float32, terms=terms) for terms in (1, 8, 9)] == ["ieee", "ieee", "tf32x3"]
+    test_activations.test_value_and_slope("triton", "relu_squared")
+    x, weight, weight_up = (values.draw(rows, 1, dtype=torch.float32) for rows in (300, 20, 20))
+    forward = backends.operators("triton").gated_linear_act_forward
+    _, gate, up = forward(x, weight, weight_up, None, None, "identity", True, False)
+    assert torch.equal(gate, x * weight.t()) and torch.equal(up, x * weight_up.t())
 
 
 @simulated

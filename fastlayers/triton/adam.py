@@ -1,4 +1,9 @@
-"""Adam and AdamW in Triton: one launch for all tensors of the same dtypes, driven by a table of pointers."""
+"""Adam and AdamW in Triton: one launch for all tensors of the same dtypes, driven by a table of pointers.
+
+The host's work grows with the number of tensors, not with their sizes: the device finds out which program works where.
+"""
+
+import math
 
 import torch
 import triton
@@ -6,7 +11,8 @@ import triton.language as tl
 
 from fastlayers.triton.arithmetic import narrow
 
-_BLOCK = 2048  # elements per program: 8 per thread
+_WARPS = 8
+_VECTOR = 16  # bytes of the widest access, whose alignment the wide kernel takes for granted
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -46,11 +52,19 @@ def _store(pointer, x, n, mask, seed, offset, counter2, DTYPE: tl.constexpr, STO
     tl.store(pointer + n, narrow(x, DTYPE), mask=mask)
 
 
+@triton.jit
+def _pointer(row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to DTYPE that is kept at row."""
+    pointer = tl.load(row).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
 @triton.jit(do_not_specialize=["seed", "offset"])  # a 1 would become a constant
 def _adam_kernel(
-    table,  # (tensors, 8) int64: pointers of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master; numel; index
-    blocks,  # (grid, 2) int64: tensor, first element
-    rates,  # (tensors, 2) float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    table,  # (tensors, 10) int64: pointers of param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, then: numel,
+    # the tensor's index in the call, its first program, its number of programs
+    plan,  # (grid,) int64: the row of the tensor that a program works on
+    rates,  # (tensors in the call, 2) float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
     scalars,  # (9,) float32: 1 - beta1, beta2, 1 - beta2, eps, l2, decay, grad scale, grad factor, found_inf
     seed,
     offset,
@@ -62,23 +76,27 @@ def _adam_kernel(
     MASTER: tl.constexpr,
     STORE_GRAD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether all pointers and numels are multiples of 16
     BLOCK: tl.constexpr,
 ):
     """m += (1 - b1)(g - m); v = b2 v + (1 - b2) g^2; p = p decay - rate m / (sqrt(v) correction + eps)."""
     if tl.load(scalars + 8) > 0:
         return
-    tensor = tl.load(blocks + 2 * tl.program_id(0))
-    row = table + 8 * tensor
-    n = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK).to(tl.int64)
-    mask = n < tl.load(row + 6)
+    program = tl.program_id(0)
+    row = table + 10 * tl.load(plan + program)
+    numel = tl.load(row + 6)
     index = tl.load(row + 7)
+    n = (program - tl.load(row + 8)) * BLOCK + tl.arange(0, BLOCK)
+    if ALIGNED:  # the mask, too, must be known to be the same for all elements of a vector
+        numel = tl.multiple_of(numel, 16)
+    mask = n < numel
 
-    param_at = tl.load(row).to(tl.pointer_type(PARAM))
-    grad_at = tl.load(row + 1).to(tl.pointer_type(GRAD))
-    exp_avg_at = tl.load(row + 2).to(tl.pointer_type(MOMENT))
-    exp_avg_sq_at = tl.load(row + 3).to(tl.pointer_type(MOMENT_SQ))
-    max_at = tl.load(row + 4).to(tl.pointer_type(MOMENT_SQ))
-    master_at = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    param_at = _pointer(row, PARAM, ALIGNED)
+    grad_at = _pointer(row + 1, GRAD, ALIGNED)
+    exp_avg_at = _pointer(row + 2, MOMENT, ALIGNED)
+    exp_avg_sq_at = _pointer(row + 3, MOMENT_SQ, ALIGNED)
+    max_at = _pointer(row + 4, MOMENT_SQ, ALIGNED)
+    master_at = _pointer(row + 5, tl.float32, ALIGNED)
 
     if MASTER:  # noqa: SIM108 (a branch at compile time)
         param = tl.load(master_at + n, mask=mask)
@@ -102,8 +120,8 @@ def _adam_kernel(
         highest = tl.load(max_at + n, mask=mask).to(tl.float32)
         square = tl.where(highest > exp_avg_sq, highest, exp_avg_sq)
         tl.store(max_at + n, narrow(square, MOMENT_SQ), mask=mask)
-    denominator = tl.sqrt_rn(square) * tl.load(rates + 2 * tensor + 1) + tl.load(scalars + 3)
-    step = tl.load(rates + 2 * tensor) * tl.div_rn(exp_avg, denominator)
+    denominator = tl.sqrt_rn(square) * tl.load(rates + 2 * index + 1) + tl.load(scalars + 3)
+    step = tl.load(rates + 2 * index) * tl.div_rn(exp_avg, denominator)
     param = param * tl.load(scalars + 5) - step
 
     if MASTER:
@@ -135,24 +153,26 @@ def adam_step(
     decoupled_weight_decay,
     maximize,
 ):
-    """The native operator's arguments. Nothing is read back from the device."""
+    """The native operator's arguments. The host reads nothing from the device (but found_inf, if it counts the steps)
+    and does not wait for it."""
     device = params[0].device
-    lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("adam_step: a CUDA graph would replay with the pointers of now; use backend='cuda'")
 
-    def number(value):
-        return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
+    def number(value):  # as a float64 on the device, or, where it is not there, as a float
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.double().reshape(()) if value.device == device else float(value)
 
     skip = number(0.0 if found_inf is None else found_inf)
-    for step in steps:
-        step += (skip <= 0).to(step.device, step.dtype)
+    counts = _advance(steps, skip, device)
     rate = number(lr if lr_tensor is None else lr_tensor)
-    counts = torch.stack([step.to(device, torch.float64).reshape(()) for step in steps])
     rates = torch.stack([rate / (1 - beta1**counts), (1 - beta2**counts).rsqrt()], dim=1).float()
-    clip = number(1.0) if grad_norm is None else (max_grad_norm / (number(grad_norm) + 1e-6)).clamp(max=1.0)
+    clip = 1.0 if grad_norm is None else _clip(max_grad_norm / (number(grad_norm) + 1e-6))
     decay, l2 = (1 - rate * weight_decay, 0.0) if decoupled_weight_decay else (1.0, weight_decay)
     scale = 1.0 if grad_scale is None else 1 / number(grad_scale)
     values = [1 - beta1, beta2, 1 - beta2, eps, l2, decay, scale, -clip if maximize else clip, skip]
-    scalars = torch.stack([number(value) for value in values]).float()
+    scalars = _send(values, torch.float32, device)
     seed, offset = (0, 0) if rng is None else (int(rng[0]), int(rng[1]) & 0xFFFFFFFF)
     flags = {
         "AMSGRAD": bool(max_exp_avg_sqs),
@@ -161,39 +181,72 @@ def adam_step(
         "STOCHASTIC": rng is not None,
     }
 
-    groups = {}
-    for index, param in enumerate(params):
-        if param.numel():
-            operands = [tensors[index] if tensors else None for tensors in lists]
-            groups.setdefault(tuple(t.dtype for t in operands[:4]), []).append((index, operands))
-    for dtypes, members in groups.items():
-        _launch(members, dtypes, rates, scalars, seed, offset, flags, device)
-
-
-def _launch(members, dtypes, rates, scalars, seed, offset, flags, device):
-    """One launch for tensors of the same dtypes."""
-    rows, blocks, copies = [], [], []
-    for place, (index, operands) in enumerate(members):
-        dense = [_in_memory_order(t, operands[0]) for t in operands]
-        copies += [pair for pair in zip(operands, dense) if pair[0] is not None and pair[1][0] is not pair[1][1]]
-        numel = operands[0].numel()
-        rows.append([0 if t is None else d[0].data_ptr() for t, d in zip(operands, dense)] + [numel, index])
-        blocks += [[place, first] for first in range(0, numel, _BLOCK)]
-    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    plan = torch.tensor(blocks, dtype=torch.int64).to(device, non_blocking=True)
-    mine = rates[torch.tensor([index for index, _ in members], device=device)].contiguous()
-    kinds = dict(zip(("PARAM", "GRAD", "MOMENT", "MOMENT_SQ"), (_TRITON[dtype] for dtype in dtypes)))
-    _adam_kernel[(len(blocks),)](table, plan, mine, scalars, seed, offset, **kinds, **flags, BLOCK=_BLOCK, num_warps=8)
-    for _, (dense, view) in copies:
+    groups, copies = {}, []
+    lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params]
+    for index, operands in enumerate(zip(*(tensors or [None] * len(params) for tensors in lists))):
+        param, grad, exp_avg, exp_avg_sq, _, _ = operands
+        numel = param.numel()
+        if numel:
+            if not all([t is None or t.is_contiguous() for t in operands]):
+                pairs = [None if t is None else _in_memory_order(t, param) for t in operands]
+                copies += [pair for pair in pairs if pair is not None and pair[0] is not pair[1]]
+                operands = [None if pair is None else pair[0] for pair in pairs]
+            row = [0 if t is None else t.data_ptr() for t in operands] + [numel]
+            aligned = math.gcd(*row) % _VECTOR == 0  # all of them are
+            kind = (param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, aligned)
+            groups.setdefault(kind, []).append([*row, index])
+    for kind, rows in groups.items():
+        _launch(rows, kind, rates, scalars, seed, offset, flags)
+    for dense, view in copies:
         if not _overlaps(view):
             view.copy_(dense)
+
+
+def _launch(rows, kind, rates, scalars, seed, offset, flags):
+    """One launch for tensors of the same dtypes and alignment. rows: of the kernel's table, but for programs."""
+    *dtypes, aligned = kind
+    widest = 4 if flags["MASTER"] else max(dtype.itemsize for dtype in dtypes)
+    block = 32 * _WARPS * _VECTOR // widest  # one access of each tensor by each thread: nothing changes threads
+    first = 0
+    for row in rows:
+        programs = -(-row[6] // block)
+        row += [first, programs]
+        first += programs
+    table = _send(rows, torch.int64, scalars.device)
+    plan = torch.repeat_interleave(table[:, 9], output_size=first)
+    options = dict(zip(("PARAM", "GRAD", "MOMENT", "MOMENT_SQ"), (_TRITON[dtype] for dtype in dtypes)), **flags)
+    options |= {"ALIGNED": aligned, "BLOCK": block, "num_warps": _WARPS}
+    _adam_kernel[(first,)](table, plan, rates, scalars, seed, offset, **options)
+
+
+def _advance(steps, skip, device):
+    """Count a step, unless skip > 0; returns (tensors,) float64 on the device: the counts."""
+    places = {step.device for step in steps}
+    for place in places:
+        one = (skip <= 0).to(place, torch.float32) if isinstance(skip, torch.Tensor) else float(skip <= 0)
+        torch._foreach_add_([step for step in steps if step.device == place], one)
+    place = device if device in places else steps[0].device  # one copy of all, rather than a copy of each
+    counts = torch.stack([step.to(place).reshape(()) for step in steps])
+    return counts.to(device, torch.float64, non_blocking=True)
+
+
+def _send(values, dtype, device):
+    """Numbers and 0-dimensional tensors of the device, in one tensor there; without waiting for the device."""
+    there = {i: value for i, value in enumerate(values) if isinstance(value, torch.Tensor)}
+    known = [0.0 if i in there else value for i, value in enumerate(values)]
+    sent = torch.tensor(known, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    for i, value in there.items():
+        sent[i] = value
+    return sent
+
+
+def _clip(factor):
+    return factor.clamp(max=1.0) if isinstance(factor, torch.Tensor) else min(factor, 1.0)
 
 
 def _in_memory_order(tensor, param):
     """(dense, view): the elements in the order in which the parameter has them in memory; the same object where
     the tensor is dense in that order already."""
-    if tensor is None:
-        return None
     view = tensor.permute(sorted(range(param.dim()), key=lambda d: -param.stride(d)))
     return (view, view) if view.is_contiguous() else (view.contiguous(), view)
 

@@ -1,6 +1,7 @@
 """How operators in Triton are registered, and what every launcher asks."""
 
 import contextvars
+import math
 
 import torch
 import triton
@@ -9,7 +10,10 @@ from triton import knobs
 
 from fastlayers.triton import tiles
 
-if knobs.runtime.interpret:  # whose kernels torch cannot look into
+# torch.compile looks into a triton_op, and has to find out which tensors its kernels write. It cannot in the
+# interpreter; nor with a torch before 2.13, whose analysis fails where a size or a stride is a multiple of 16, so that
+# all tensors count as written: https://github.com/pytorch/pytorch/issues/170049
+if knobs.runtime.interpret or torch.__version__ < (2, 13):
     operator = torch.library.custom_op
 
     def wrap_triton(kernel):
@@ -21,12 +25,19 @@ else:
 
 __all__ = ["describable", "is_real", "operator", "precision", "with_scratch", "wrap_triton"]
 
+_SHORT_SUM = 8  # terms; three TF32 products lose the last bits of each, which shows where so few are added
 
-def precision(dtype, allow_tf32=False):
-    """How float32 is multiplied: as accurately as float32 arithmetic, by tensor cores where they have TF32."""
+
+def precision(dtype, allow_tf32=False, terms=math.inf):
+    """How float32 is multiplied: as accurately as float32 arithmetic, by tensor cores where they have TF32.
+
+    terms: that each sum has
+    """
     if dtype != torch.float32 or knobs.runtime.interpret or tiles.current_gpu().arch < 80:
         return "ieee"
-    return "tf32" if allow_tf32 else "tf32x3"
+    if allow_tf32:
+        return "tf32"
+    return "ieee" if terms <= _SHORT_SUM else "tf32x3"
 
 
 def is_real(tensor):

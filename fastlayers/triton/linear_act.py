@@ -13,10 +13,10 @@ _GROUP = 8  # rows of tiles that are walked together
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_STEP = 128, 64, 64  # per program of gradient_kernel, and at a time
 
 
-def _constants(tile, dtype, allow_tf32, stride_ak, stride_bk):
+def _constants(tile, dtype, allow_tf32, k, stride_ak, stride_bk):
     """stride_ak, stride_bk: of the factors along k."""
     return {
-        "PRECISION": precision(dtype, allow_tf32),
+        "PRECISION": precision(dtype, allow_tf32, k),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.inner,
@@ -69,7 +69,7 @@ def _forward(input, weights, biases, outputs, activation, allow_tf32):
             1 if bias is None else bias.stride(0),
             1 if bias_up is None else bias_up.stride(0),
             ACTIVATION=activation,
-            **_constants(tile, x.dtype, allow_tf32, x.stride(1), weight.stride(1)),
+            **_constants(tile, x.dtype, allow_tf32, k, x.stride(1), weight.stride(1)),
         )
 
     weights = [weight] if weight_up is None else [weight, weight_up]
@@ -115,7 +115,7 @@ def _product(a, b, a_up, b_up, allow_tf32):
             *a.stride(),
             *b.stride(),
             *(b if b_up is None else b_up).stride(),
-            **_constants(tile, a.dtype, allow_tf32, a.stride(1), b.stride(0)),
+            **_constants(tile, a.dtype, allow_tf32, k, a.stride(1), b.stride(0)),
         )
         return out[0] if parts == 1 else out.sum(0).to(a.dtype)
 

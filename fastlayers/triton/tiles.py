@@ -160,7 +160,7 @@ def _remembered():
 
 def _median(run):
     """Milliseconds."""
-    return triton.runtime.driver.active.get_benchmarker()(run, quantiles=(0.5,))[0]
+    return triton.runtime.driver.active.get_benchmarker()(run, return_mode="median")
 
 
 def _measured(key, tiles, measure):
