@@ -10,7 +10,7 @@ from fastlayers import backends, bench, choices, cli, ops
 from fastlayers.benchmarks import tune
 from fastlayers.choices import Choice
 from tests import simulator
-from tests.backends import BACKENDS, SIMULATED
+from tests.backends import BACKENDS, SIMULATED, device_of
 from tests.simulator import shipped_choices
 
 
@@ -60,22 +60,20 @@ def test_every_shipped_entry_says_where_it_comes_from():
         assert shipped.op in backends._reasons and set(shipped.backends) <= set(backends.NAMES)
 
 
-@pytest.mark.parametrize(
-    "capability, first", [((8, 0), "cuda"), ((9, 0), "triton"), ((10, 0), "triton"), ((12, 0), "cuda")]
-)
-def test_attention_without_gradients_goes_by_the_tensor_cores(capability, first):
-    assert find(capability, sizes=(128, 2048, 2048, 64)).backends[0] == first
-    assert find(capability, sizes=(128, 2048, 2048, 64), gradient=True).backends[0] == "cuda"
+def test_what_an_h100_measured_is_shipped():
+    for sizes in ((2048, 128, 128, 64), (32, 8192, 8192, 128)):
+        found = find((9, 0), sizes=sizes)
+        assert found.backends[0] == "cuda" and found.source.startswith("measured: NVIDIA H100")
+        assert find((12, 0), sizes=sizes).arch == "sm_120"
 
 
 @pytest.mark.skipif(not {"cuda", "triton"} <= set(BACKENDS["adam"]) or not SIMULATED, reason="needs nvcc and triton")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_counts_behind_the_shipped_entries(arch):
+def test_the_counts_behind_the_shipped_entries():
     """As simulated now: other compilers may count a little otherwise."""
-    simulator.install(arch)
+    simulator.install("sm_80")
     try:
         for backend in ("cuda", "triton"):
-            shipped = shipped_choices.COUNTS[arch, 64, backend]
+            shipped = shipped_choices.COUNTS[64, backend]
             counted = shipped_choices.count_attention(64, backend)
             for (products, instructions), (products_now, instructions_now) in zip(shipped, counted):
                 assert products_now == products
@@ -153,3 +151,17 @@ def test_what_a_table_names_has_to_be_able_to_serve(own, gpu):
     choices.reload()
     query = torch.randn(1, 1, 4, 300).half()
     assert ops.attention(query, query, query).shape == query.shape
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS["adam"], reason="needs nvcc, or a GPU")
+def test_compiled_calls_that_name_no_backend():
+    """The table, what was built and the GPU are asked while torch.compile traces, in one graph."""
+    torch._dynamo.reset()
+
+    def call(query, weight):
+        out = ops.attention(query * 1, query, query)
+        return ops.linear_act(out, weight) + backends._cuda_built()  # which is not asked of a simulated GPU
+
+    with device_of("cuda"):
+        arguments = torch.randn(1, 2, 33, 16, dtype=torch.float16), torch.randn(8, 16, dtype=torch.float16)
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments), call(*arguments))

@@ -14,7 +14,8 @@ from fastlayers import backends, choices, ops
 from fastlayers.benchmarks.runner import Candidate, Case, Setting, run_case
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ATTENTION = tuple((16384 // seqlen, 16, seqlen, dim) for seqlen in (512, 2048, 8192) for dim in (64, 128))  # B, H, S, D
+SEQLENS = (128, 512, 2048, 8192)
+ATTENTION = tuple((16384 // seqlen, 16, seqlen, dim) for seqlen in SEQLENS for dim in (64, 128))  # B, H, S, D
 LAYERS = ((16, 4096, 4096), (512, 1024, 4096), (4096, 1024, 4096), (8192, 4096, 4096))  # rows, in and out features
 SECONDS, QUICK_SECONDS = 2.0, 0.3  # of timing per call
 
