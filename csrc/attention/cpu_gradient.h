@@ -226,7 +226,7 @@ class GradientTile {
   }
 
   // s and dp: dot products of rows [r0, ...) with the columns, s as scores. float32 products of few
-  // queries are summed as the forward sums them, in lanes: no other row averages their rounding out.
+  // queries are summed in lanes, as in the forward: no other row averages their rounding out.
   void products(const QueryChunk<T>& queries, int64_t r0, const KeyBlock<T>& keys, int64_t j0,
                 const Columns& columns, ScoreRules& rules);
   void products_of_few(const QueryChunk<T>& queries, const KeyBlock<T>& keys,

@@ -63,9 +63,9 @@ FL_TORCH_LIBRARY(m) {
       " str activation, bool needs_input, bool needs_weight_gate, bool needs_weight_up,"
       " bool needs_bias_gate, bool needs_bias_up, bool allow_tf32) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
-  // On CUDA: activation(product + bias), or activation(product + bias) * (product_up + bias_up),
-  // and the pre-activations, empty where not saved. The backward's results come in the order of the
-  // first four arguments; preactivation is None for identity alone.
+  // On CUDA: activation(product), or activation(product) * product_up, biases included: these are
+  // arguments for their gradients. The backward's results come in the order of the first four
+  // arguments; preactivation is None for identity alone.
   m.def(
       "linear_act_epilogue(Tensor product, Tensor? product_up, Tensor? bias, Tensor? bias_up,"
       " str activation) -> Tensor");
