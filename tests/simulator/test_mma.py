@@ -128,3 +128,23 @@ def test_lanes_absent(before, guard):
     with pytest.raises(SimulatorError) as error:
         run(text, words(7, 32), words(4, 32), threads=32 if guard else 20)
     assert error.value.kind == "divergence"
+
+
+@pytest.mark.parametrize(
+    "c, products, wanted",
+    [
+        (1.0, [1.5 * 2.0**-24], 1.0),  # nearest would be 1 + 2^-23
+        (-1.0, [-1.5 * 2.0**-24], -1.0),
+        (-1.0, [1.0, 2.0**-24], 2.0**-24),  # kept beside the 1
+        (-1.0, [1.0, 2.0**-25], 0.0),
+        (-1.0, [1.0, -(2.0**-25)], 0.0),
+        (1.0, [2.0**-25] * 4, 1.0),  # each alone is too small
+        (1e30, [float("inf")], float("inf")),
+    ],
+)
+def test_float32_sums_are_cut_off(c, products, wanted):
+    """Terms to the bits that are kept of the largest among them, the sum to a float, towards zero."""
+    a, b = np.zeros((16, 8), np.float32), np.ones((8, 8), np.float32)
+    a[:, : len(products)] = products
+    got, _ = _run("m16n8k8", "f32", "tf32", "tf32", 80, a.view(np.uint32), b.view(np.uint32), np.full((16, 8), c))
+    assert (got == wanted).all()
