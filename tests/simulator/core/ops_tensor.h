@@ -4,10 +4,15 @@
 // towards zero; other sums are doubles, rounded once.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "numbers.h"
@@ -87,52 +92,84 @@ inline void multiply_exactly(const TileA<K>& a, const TileB<K>& b, TileC& c) {
   }
 }
 
-// Of a double: 2^exponent, infinity where it is not finite, 0 of 0.
-inline Row leading(Row x) {
-  using Bits = int64_t __attribute__((vector_size(64)));
-  return reinterpret_cast<Row>(reinterpret_cast<Bits>(x) & 0x7ff0000000000000);
+// As many columns as the CPU takes at once.
+#if defined(__AVX512F__)
+constexpr int kColumns = 8;
+#else
+constexpr int kColumns = 4;
+#endif
+using Columns = double __attribute__((vector_size(8 * kColumns)));
+using Bits = int64_t __attribute__((vector_size(8 * kColumns)));
+
+// Of doubles: 2^exponent, infinity where they are not finite, 0 of 0.
+inline Columns leading(Columns x) {
+  return reinterpret_cast<Columns>(reinterpret_cast<Bits>(x) & 0x7ff0000000000000);
 }
-inline Row cut_to_float(Row x) {
-  using Bits = int64_t __attribute__((vector_size(64)));
-  return reinterpret_cast<Row>(reinterpret_cast<Bits>(x) & ~((int64_t{1} << 29) - 1));
+inline Columns cut_to_float(Columns x) {
+  return reinterpret_cast<Columns>(reinterpret_cast<Bits>(x) & ~((int64_t{1} << 29) - 1));
 }
-inline Row toward_zero(Row x) {
-  for (int n = 0; n < 8; ++n) x[n] = std::trunc(x[n]);
+inline Columns toward_zero(Columns x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_pd(x, _MM_FROUND_TO_ZERO);
+#elif defined(__AVX__)
+  return _mm256_round_pd(x, _MM_FROUND_TO_ZERO);
+#else
+  for (int n = 0; n < kColumns; ++n) x[n] = std::trunc(x[n]);
   return x;
+#endif
 }
-inline Row splat(double x) { return Row{} + x; }
+inline Columns splat(double x) { return Columns{} + x; }
 
 // Bits after the point of the largest term that a sum keeps: one more than float32 has. On purpose
 // fewer than a real GPU was seen to keep: an H100 has another, and takes all of k at once in
 // mma.sync. See also Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor
 // cores", PeerJ Computer Science 7:e330.
-constexpr double kKeptBits = 24;
+constexpr int64_t kKeptBits = 24;
 
-// c += a b in float32: kBlock products and c at a time are aligned to the largest exponent among
-// them, cut off, and added; the sum is cut off to a float.
+// sum + products in float32: aligned to the largest exponent among them, cut off, and added; the
+// result is cut off to a float. top: that exponent as 2^exponent.
+template <int kCount>
+inline Columns add_cutting(Columns sum, const Columns (&products)[kCount], Columns top) {
+  constexpr int64_t kOne = int64_t{1} << 52;  // in an exponent
+  const Bits exponent = reinterpret_cast<Bits>(top);
+  const auto unit = reinterpret_cast<Columns>(exponent - kKeptBits * kOne);
+  const auto per_unit = reinterpret_cast<Columns>((2046 + kKeptBits) * kOne - exponent);
+  Columns units = toward_zero(sum * per_unit);
+  for (const Columns& term : products) units += toward_zero(term * per_unit);
+  const Columns cut = cut_to_float(units * unit);
+  const Bits endless = ~(top < splat(std::numeric_limits<double>::infinity()));
+  int64_t any = 0;
+  for (int n = 0; n < kColumns; ++n) any |= endless[n];
+  if (!any) return cut;
+  for (const Columns& term : products) sum += term;
+  return endless ? sum : cut;
+}
+
+// c += a b in float32, kBlock products and c at a time.
 template <int K, int kBlock>
 inline void multiply_cutting(const TileA<K>& a, const TileB<K>& b, TileC& c) {
-  const Row tiny = splat(0x1p-900);
-  for (int m = 0; m < 16; ++m) {
-    Row sum, line;
-    std::memcpy(&sum, c[m], sizeof sum);
-    for (int k0 = 0; k0 < K; k0 += kBlock) {
-      Row top = leading(sum), product[kBlock];
-      for (int k = 0; k < kBlock; ++k) {
-        std::memcpy(&line, b[k0 + k], sizeof line);
-        product[k] = a[m][k0 + k] * line;
-        const Row exponent = leading(splat(a[m][k0 + k])) * leading(line);
-        top = exponent > top || exponent != exponent ? exponent : top;
-      }
-      bool finite = true;
-      for (int n = 0; n < 8; ++n) finite &= std::isfinite(top[n]);
-      top = top > tiny ? top : tiny;
-      const Row unit = top * std::exp2(-kKeptBits), per_unit = 1.0 / unit;
-      Row units = finite ? toward_zero(sum * per_unit) : sum;
-      for (const Row& term : product) units += finite ? toward_zero(term * per_unit) : term;
-      sum = finite ? cut_to_float(units * unit) : units;
+  for (int n = 0; n < 8; n += kColumns) {
+    Columns lines[K], exponents[K];
+    for (int k = 0; k < K; ++k) {
+      std::memcpy(&lines[k], b[k] + n, sizeof lines[k]);
+      exponents[k] = leading(lines[k]);
     }
-    std::memcpy(c[m], &sum, sizeof sum);
+    for (int m = 0; m < 16; ++m) {
+      Columns sum;
+      std::memcpy(&sum, c[m] + n, sizeof sum);
+      for (int k0 = 0; k0 < K; k0 += kBlock) {
+        Columns top = leading(sum), products[kBlock];
+        top = top > splat(0x1p-900) ? top : splat(0x1p-900);
+        for (int k = 0; k < kBlock; ++k) {
+          const Columns x = splat(a[m][k0 + k]);
+          products[k] = x * lines[k0 + k];
+          const Columns exponent = leading(x) * exponents[k0 + k];
+          top = exponent <= top ? top : exponent;  // NaN of infinity times 0, too
+        }
+        sum = add_cutting(sum, products, top);
+      }
+      std::memcpy(c[m] + n, &sum, sizeof sum);
+    }
   }
 }
 
