@@ -55,8 +55,8 @@ def register(op, *, facts, **reasons):
     """Declare an op: how to get the facts of a call, and per backend a function from facts to a reason or None.
 
     facts are a dict with at least device (a string such as "cpu"), index (of the device, or None) and dtype, and, where
-    fastlayers.choices has entries for the op, sizes and needs_gradient; is_plain where torch's own function does the
-    same in one kernel, which on a GPU is the faster one. Order of `reasons` is preference where there is no such entry.
+    fastlayers.choices has entries for the op, sizes and needs_gradient; is_plain where torch's own function is to
+    serve on a GPU, doing the same in one kernel. Order of `reasons` is preference where there is no such entry.
     """
     _facts[op] = facts
     _reasons[op] = reasons

@@ -1,4 +1,5 @@
-"""What the compiler made of every CUDA kernel in the built library: nothing spilled, nothing in local memory."""
+"""What the compiler made of every CUDA kernel in the built library: nothing spilled, nothing in local memory, but for
+what SPILLED names."""
 
 import importlib.util
 import re

@@ -164,9 +164,12 @@ def test_triton_refuses_a_gpu_that_is_not_the_current_one(monkeypatch):
 
 
 def test_torch_serves_on_a_gpu_what_has_nothing_to_fuse(monkeypatch):
-    facts = backends.facts("linear_act", torch.randn(3, 4), torch.randn(5, 4), activation="identity")
-    assert facts["is_plain"] and not backends.facts("linear_act", torch.randn(3, 4), torch.randn(5, 4))["is_plain"]
-    gated = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5, 4), None, None, "identity"
+    """In 16 bits; in float32 it multiplies without tensor cores there."""
+    x, w = torch.randn(3, 4).half(), torch.randn(5, 4).half()
+    facts = backends.facts("linear_act", x, w, activation="identity")
+    assert facts["is_plain"] and not backends.facts("linear_act", x, w)["is_plain"]
+    assert not backends.facts("linear_act", x.float(), w.float(), activation="identity")["is_plain"]
+    gated = x, w, w, None, None, "identity"
     assert not backends.facts("gated_linear_act", *gated)["is_plain"]
     monkeypatch.setattr(backends, "cuda_device", "cpu")
     assert backends.choose("linear_act", facts) == "reference"

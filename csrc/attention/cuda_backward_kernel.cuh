@@ -242,8 +242,7 @@ __device__ __forceinline__ void differentiate_block(const AttentionBackward& p,
 
 // Grid: (key blocks times column blocks, key heads, batch).
 template <class T, int kDim, bool kGeneral, bool kWide>
-__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>::kThreads,
-                                  BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>::kBlocks)
+__global__ void __launch_bounds__(BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>::kThreads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionBackward p,
                               const __grid_constant__ BackwardScratch scratch) {
   using S = BackwardShape<T, kDim, kGeneral, kOldGpu, kWide>;

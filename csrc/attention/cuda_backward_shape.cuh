@@ -32,11 +32,9 @@ struct BackwardShape {
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kWarps = kWide ? 8 : int{kFloat} + int{kOld_} + int{kDim > 128} > 1 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // At least as many at once: what waits for memory and products has others beside it.
-  static constexpr int kBlocks = kGeneral && kDim <= 64 && !kFloat && !kOld_ ? 3 : 1;
   static constexpr int kWarpKeys = 16 * kTilesM, kBlockN = kWarps * kWarpKeys;
   static constexpr int kBlockM = kDim > 128 || kFloat ? 16 : kOld_ ? 32 : 64;
-  static constexpr int kStepM = kBlockM < 32 || kBlocks > 1 ? 16 : 32;
+  static constexpr int kStepM = kBlockM < 32 ? 16 : 32;
   static constexpr int kTilesN = kStepM / 8, kTilesD = kColumns / 8;
 
   // dq of a block: kStepM queries and kColumnsQ columns each warp at a time.

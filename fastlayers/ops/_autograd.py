@@ -49,7 +49,7 @@ def _library():
 
 def attach_native_autograd(operator, namespace, library):
     """The same for one defined in C++, as torch.library.register_autograd does it, but for the defaults that it fills
-    in: ours has none, and of an operator of 19 arguments that alone takes 0.1 ms of every call.
+    in: ours has none, and for an operator of 19 arguments that alone was seen to take 70 us of every call.
     """
     if operator not in _gradients:
         return

@@ -260,14 +260,14 @@ def _check(op, activation, save, input, **parameters):
 
 
 def _facts_of(save, is_plain, input, *parameters):
-    """`is_plain`: there is nothing to fuse; `sizes`: (rows, in_features, out_features), what the choice among GPU
-    kernels goes by."""
+    """`is_plain`: there is nothing to fuse, and torch's product runs at the tensor cores' rate.
+    `sizes`: (rows, in_features, out_features), what the choice among GPU kernels goes by."""
     return {
         "device": input.device.type,
         "index": input.device.index,
         "dtype": input.dtype,
         "save": save,
-        "is_plain": is_plain,
+        "is_plain": is_plain and input.dtype != torch.float32,
         "needs_gradient": _needs_gradient(input, *parameters),
         "sizes": (input.numel() // max(input.shape[-1], 1), input.shape[-1], parameters[0].shape[0]),
     }
